@@ -1,0 +1,1 @@
+"""What makes it many machines: Ray Train, and the command line that people type."""

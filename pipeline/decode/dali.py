@@ -1,0 +1,99 @@
+"""Decode with NVIDIA DALI on the CPU: only the crop's region of a JPEG is decoded.
+
+One image that DALI cannot decode makes it give up its whole pipeline for good (NVIDIA/DALI#3913), so the
+pipeline is rebuilt then, and the batch is done again without the image that was to blame.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.pipeline import Pipeline
+
+from pipeline.decode import Decoded, Encoded
+
+
+@pipeline_def
+def _graph(size: int) -> object:
+    jpegs = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+    images = fn.decoders.image_slice(
+        jpegs,
+        fn.external_source(name="anchor", dtype=types.INT32, ndim=1),
+        fn.external_source(name="shape", dtype=types.INT32, ndim=1),
+        axes=(0, 1),
+        device="cpu",
+        output_type=types.RGB,
+        adjust_orientation=False,  # as ImageFolder does; a box belongs to the stored pixels
+        jpeg_fancy_upsampling=True,  # as libjpeg does by default
+    )
+    images = fn.resize(images, size=(size, size), interp_type=types.INTERP_CUBIC, antialias=True)
+    images = fn.flip(images, horizontal=fn.external_source(name="flip", dtype=types.INT32, ndim=0))
+    return fn.transpose(images, perm=[2, 0, 1])
+
+
+class DaliDecoder:
+    """See `pipeline.decode.Decoder`."""
+
+    def __init__(self, size: int, threads: int) -> None:
+        self.size = size
+        self.threads = threads
+        self.graph: Pipeline | None = None
+        self.capacity = 0
+
+    def __call__(
+        self, encoded: Sequence[Encoded], boxes: npt.NDArray[np.int64], flips: npt.NDArray[np.bool_]
+    ) -> Decoded:
+        everything = np.arange(len(encoded))
+        try:
+            return Decoded(self._run(encoded, boxes, flips, everything), {})
+        except RuntimeError:
+            # Seldom: find the bad ones one by one, then do the good ones.
+            bad = {}
+            for i in everything:
+                try:
+                    self._run(encoded, boxes, flips, everything[i : i + 1])
+                except RuntimeError as error:
+                    bad[int(i)] = "DALI: " + str(error).partition("encountered:")[2].strip().partition("\n")[0]
+            good = np.setdiff1d(everything, list(bad))
+            images = torch.zeros((len(encoded), 3, self.size, self.size), dtype=torch.uint8)
+            if len(good):
+                images[torch.from_numpy(good)] = self._run(encoded, boxes, flips, good)
+            return Decoded(images, bad)
+
+    def _run(
+        self,
+        encoded: Sequence[Encoded],
+        boxes: npt.NDArray[np.int64],
+        flips: npt.NDArray[np.bool_],
+        chosen: npt.NDArray[np.int64],
+    ) -> torch.Tensor:
+        """uint8[len(chosen), 3, size, size]. RuntimeError if one does not decode; the pipeline is gone then."""
+        graph = self._ready(len(chosen))
+        try:
+            graph.feed_input("encoded", [np.frombuffer(encoded[i], np.uint8) for i in chosen])
+            graph.feed_input("anchor", boxes[chosen, :2].astype(np.int32))
+            graph.feed_input("shape", boxes[chosen, 2:].astype(np.int32))
+            graph.feed_input("flip", flips[chosen].astype(np.int32))
+            (images,) = graph.run()
+            return torch.from_numpy(np.array(images.as_array()))
+        except RuntimeError:
+            self.close()
+            raise
+
+    def _ready(self, batch: int) -> Pipeline:
+        if self.graph is None or batch > self.capacity:
+            self.capacity = max(batch, self.capacity)
+            self.graph = _graph(
+                self.size,
+                batch_size=self.capacity,
+                num_threads=self.threads,
+                device_id=None,
+                prefetch_queue_depth=1,
+            )
+            self.graph.build()
+        return self.graph
+
+    def close(self) -> None:
+        self.graph = None

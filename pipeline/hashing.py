@@ -1,0 +1,39 @@
+"""Counter-based randomness: a hash of integers, vectorised.
+
+Order, crops and flips are functions of (seed, epoch, sample id), so nothing has to be replayed to know
+them. The mixing function is the finaliser of SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable
+pseudorandom number generators", figure 16, with Stafford's constants, variant 13).
+`trainer.masks` has the same function on the device.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+GOLDEN = 0x9E3779B97F4A7C15
+MULTIPLIER_1 = 0xBF58476D1CE4E5B9
+MULTIPLIER_2 = 0x94D049BB133111EB
+
+U64 = npt.NDArray[np.uint64]
+
+
+def _mix(x: U64) -> U64:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(MULTIPLIER_1)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(MULTIPLIER_2)
+    return x ^ (x >> np.uint64(31))
+
+
+def hash64(*parts: npt.ArrayLike) -> U64:
+    """A 64-bit hash of non-negative integers; arrays broadcast against each other.
+
+    Returns uint64 of the broadcast shape. The order of the parts matters.
+    """
+    state = np.zeros((), np.uint64)
+    with np.errstate(over="ignore"):  # wrapping is the point
+        for part in parts:
+            state = _mix((state ^ np.asarray(part, np.uint64)) + np.uint64(GOLDEN))
+    return state
+
+
+def uniform(*parts: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Floats in [0, 1) with 53 random bits each, from `hash64` of the parts."""
+    return (hash64(*parts) >> np.uint64(11)) * 2.0**-53

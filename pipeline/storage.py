@@ -1,0 +1,190 @@
+"""Files in a folder or a bucket, through fsspec: small atomic writes, ranged reads with retries.
+
+Faults of storage (resets, short bodies, time-outs, 5xx, slow-down) are retried here, on our own ranged
+reads, because s3fs does not retry a body that is cut. What only a person can mend (403, a missing bucket,
+a wrong endpoint) becomes a `UserError` with a message that says what to do.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import botocore.exceptions
+import fsspec
+import tenacity
+
+from pipeline.errors import UserError
+
+READ_DEADLINE_S = 120  # how long one ranged read is retried in all
+S3_OPTIONS = {
+    # Objects are immutable here and folders change under us: a cached listing can only be wrong.
+    "use_listings_cache": False,
+    "config_kwargs": {"connect_timeout": 5, "read_timeout": 30, "retries": {"max_attempts": 2}},
+}
+
+
+class ShortReadError(OSError):
+    """Storage returned fewer bytes than were asked for."""
+
+
+FAULTS = (
+    OSError,  # includes ShortReadError, ConnectionError, TimeoutError and what s3fs makes of 5xx
+    aiohttp.ClientError,
+    botocore.exceptions.HTTPClientError,
+    botocore.exceptions.ConnectionError,
+)
+NOT_FAULTS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+
+def _is_fault(error: BaseException) -> bool:
+    return isinstance(error, FAULTS) and not isinstance(error, NOT_FAULTS)
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder or a bucket prefix. Names are relative to it, with forward slashes."""
+
+    url: str
+    fs: Any
+    root: str
+
+    @property
+    def is_local(self) -> bool:
+        return "file" in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,))
+
+    def path(self, name: str = "") -> str:
+        return f"{self.root}/{name}" if name else self.root
+
+    def describe(self, name: str = "") -> str:
+        return f"{self.url}/{name}" if name else self.url
+
+    def read(self, name: str) -> bytes:
+        """The whole of a small object. FileNotFoundError where there is none."""
+        with _explained(self.describe(name)):
+            return self._retry(lambda: self.fs.cat_file(self.path(name)))
+
+    def read_range(self, name: str, start: int, size: int) -> bytes:
+        """Exactly `size` bytes from byte `start`. FileNotFoundError, or ShortReadError past the end."""
+
+        def attempt() -> bytes:
+            data = self.fs.cat_file(self.path(name), start=start, end=start + size)
+            if len(data) != size:
+                # A cut body is a fault and worth a retry; a file that ends here is not.
+                if start + size > self.size(name):
+                    raise UserError(
+                        f"{self.describe(name)} is shorter than its manifest says: it has {self.size(name)} "
+                        f"bytes, byte {start + size} was asked for. Run `maestream shards verify {self.url}`, "
+                        "then copy or build it again"
+                    )
+                raise ShortReadError(f"{self.describe(name)}: {len(data)} of {size} bytes at {start}")
+            return data
+
+        with _explained(self.describe(name)):
+            return self._retry(attempt)
+
+    def _retry(self, attempt: Any) -> bytes:
+        """Call `attempt` until it succeeds: exponential waits with full jitter, and a total deadline."""
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(_is_fault),
+            wait=tenacity.wait_random_exponential(multiplier=0.1, max=10),
+            stop=tenacity.stop_after_delay(READ_DEADLINE_S) if not self.is_local else tenacity.stop_after_attempt(3),
+            reraise=True,
+        )
+        return retrying(attempt)
+
+    def size(self, name: str) -> int:
+        with _explained(self.describe(name)):
+            return int(self.fs.size(self.path(name)))
+
+    def exists(self, name: str) -> bool:
+        with _explained(self.describe(name)):
+            return bool(self.fs.exists(self.path(name)))
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Names of all files below `prefix`, sorted; empty where there is nothing."""
+        with _explained(self.describe(prefix)):
+            try:
+                found = self.fs.find(self.path(prefix))
+            except FileNotFoundError:
+                return []
+        return sorted(name.removeprefix(self.root).lstrip("/") for name in found)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Create or replace an object: readers see the old bytes or the new, nothing between."""
+        with self.staging(name) as temporary:
+            temporary.write_bytes(data)
+
+    @contextmanager
+    def staging(self, name: str) -> Iterator[Path]:
+        """A temporary local file that becomes `name` when the block ends without an error."""
+        target = self.path(name)
+        if self.is_local:
+            with _explained(self.describe(name)):
+                Path(target).parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(
+            dir=os.path.dirname(target) if self.is_local else None, prefix=".maestream-", suffix=".tmp"
+        )
+        os.close(handle)
+        path = Path(temporary)
+        try:
+            yield path
+            with _explained(self.describe(name)):
+                if self.is_local:
+                    umask = os.umask(0)
+                    os.umask(umask)
+                    path.chmod(0o666 & ~umask)  # mkstemp makes files that nobody else may read
+                    with path.open("rb") as file:
+                        os.fsync(file.fileno())
+                    path.replace(target)
+                else:
+                    self.fs.put_file(temporary, target)
+        finally:
+            path.unlink(missing_ok=True)
+
+    def remove(self, names: list[str]) -> None:
+        with _explained(self.url):
+            for name in names:
+                self.fs.rm_file(self.path(name))
+        if self.is_local:  # folders are real here
+            for folder in sorted({os.path.dirname(self.path(name)) for name in names}, reverse=True):
+                if folder != self.root and os.path.isdir(folder) and not os.listdir(folder):
+                    os.rmdir(folder)
+
+
+def open_store(url: str) -> Store:
+    """A store for a local path or any URL fsspec knows (s3://bucket/prefix with the usual AWS variables)."""
+    url = url.rstrip("/") or url
+    if "://" not in url:
+        url = os.path.abspath(os.path.expanduser(url))
+    try:
+        fs, root = fsspec.core.url_to_fs(url, **(S3_OPTIONS if url.startswith("s3://") else {}))
+    except (ValueError, ImportError) as error:
+        raise UserError(f"{url}: {error}") from error
+    if url.startswith("s3://") and not root:
+        raise UserError(f"{url} names no bucket: write s3://bucket/prefix")
+    return Store(url, fs, root)
+
+
+@contextmanager
+def _explained(where: str) -> Iterator[None]:
+    """Turn what only a person can mend into one message. FileNotFoundError is left to the caller."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if "NoSuchBucket" in str(error) or "bucket does not exist" in str(error):
+            raise UserError(f"{where}: there is no such bucket: create it, or check its name") from error
+        raise
+    except PermissionError as error:
+        raise UserError(
+            f"{where}: access refused ({error}). Check "
+            + ("AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" if where.startswith("s3://") else "its owner and mode")
+        ) from error
+    except botocore.exceptions.NoCredentialsError as error:
+        raise UserError(f"{where}: no S3 keys: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from error
+    except (botocore.exceptions.EndpointConnectionError, aiohttp.ClientConnectorError) as error:
+        raise UserError(f"{where}: no answer ({error}). Check AWS_ENDPOINT_URL and the network") from error
