@@ -178,7 +178,7 @@ def _write_shard(
     with store.staging(name) as path:
         # PAX is USTAR but for names too long for it. Fixed times and owners make the bytes repeatable.
         with path.open("wb") as file, webdataset.TarWriter(
-            file, mtime=0, user="maestream", group="maestream", format=tarfile.PAX_FORMAT
+            file, mtime=0, user="maestream", group="maestream", format="PAX_FORMAT"
         ) as tar:
             while following is not None and (not checked or used + len(following[1].data) <= shard_bytes):
                 item, image = following
