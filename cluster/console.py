@@ -1,0 +1,92 @@
+"""What a person sees while workers train elsewhere: one live line, or plain lines where there is no terminal."""
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+POLL_S = 0.5
+PLAIN_LINE_S = 5.0  # seconds between two lines where there is no terminal
+
+
+@ray.remote(num_cpus=0)
+class Mailbox:
+    """Where workers leave the newest metrics, and warnings, for the driver to show."""
+
+    def __init__(self) -> None:
+        self.row: dict[str, Any] | None = None
+        self.warnings: list[str] = []
+
+    def put(self, row: dict[str, Any]) -> None:
+        self.row = row
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+    def take(self) -> tuple[dict[str, Any] | None, list[str]]:
+        warnings, self.warnings = self.warnings, []
+        return self.row, warnings
+
+
+class MailboxHandler(logging.Handler):
+    """Sends log records to the driver's console."""
+
+    def __init__(self, mailbox: Any) -> None:
+        super().__init__()
+        self.mailbox = mailbox
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.mailbox.warn.remote(record.getMessage())
+
+
+def summary(row: dict[str, Any]) -> str:
+    wait = row["data_wait_s"] / max(row["step_s"], 1e-9)
+    return (
+        f"epoch {row['epoch']}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['img_per_s']:,.0f} img/s  "
+        f"data wait {min(wait, 1):.0%}  workers {row['world_size']}"
+    )
+
+
+@contextmanager
+def watch(mailbox: Any, console: Console) -> Iterator[None]:
+    """Show what arrives in `mailbox` until the block ends."""
+    stop = threading.Event()
+    thread = threading.Thread(target=_show, args=(mailbox, console, stop), name="console", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=5)
+
+
+def _show(mailbox: Any, console: Console, stop: threading.Event) -> None:
+    columns = (
+        TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=20), TextColumn("{task.description}"),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("starting workers", total=None)
+        shown: tuple[int, float] = (-1, 0.0)
+        ending = False
+        while not ending:
+            ending = stop.wait(POLL_S)
+            try:
+                row, warnings = ray.get(mailbox.take.remote(), timeout=5)
+            except ray.exceptions.RayError:
+                return  # the cluster is going away; what happened is told by who notices
+            for text in warnings:
+                console.print(f"[yellow]warning[/] {text}", highlight=False)
+            if row is None or row["step"] == shown[0]:
+                continue
+            done = row["step"] + 1
+            progress.update(task, completed=done, total=row["total_steps"], description=summary(row))
+            if not console.is_terminal and (ending or time.monotonic() - shown[1] > PLAIN_LINE_S):
+                console.print(f"step {done}/{row['total_steps']}  {summary(row)}", highlight=False, soft_wrap=True)
+                shown = row["step"], time.monotonic()

@@ -1,0 +1,128 @@
+"""Ray Train around a training loop of trainer/.
+
+Checkpoints are the trainer's own (DESIGN.md, State): Ray starts the workers, joins them into a process
+group, and tells what became of them.
+"""
+
+import logging
+import os
+import shutil
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from pyarrow.fs import FSSpecHandler, PyFileSystem
+from ray.train.torch import TorchConfig, TorchTrainer
+from rich.console import Console
+
+from cluster.console import Mailbox, MailboxHandler, watch
+from pipeline.errors import UserError
+from pipeline.manifest import open_dataset
+from pipeline.storage import open_store
+from trainer.config import PretrainConfig
+from trainer.pretrain import pretrain
+from trainer.run import Run, open_run
+
+RAY_FOLDER = "ray"  # in the run folder: what Ray's controller keeps
+
+
+def train(config: PretrainConfig, data: str, out: str, console: Console) -> None:
+    """Pre-train on Ray: on the cluster of RAY_ADDRESS, or else on a Ray embedded in this process.
+
+    UserError for what only a person can mend, wherever it happened.
+    """
+    dataset = open_dataset(data)
+    config, run = open_run(out, config, dataset)
+    order_note = f"global batch {config.global_batch}, {config.data.lanes} lanes, block {config.data.block}"
+    console.print(
+        f"run {run.run_id[:8]} attempt {run.attempt}: {dataset.samples:,} samples, {order_note}, "
+        f"{config.workers} workers → {run.store.url}",
+        highlight=False,
+    )
+    _start_ray(config.workers)
+    try:
+        _fit(config, dataset.store.url, run, console)
+    finally:
+        ray.shutdown()
+
+
+def _start_ray(workers: int) -> None:
+    address = os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address:
+        ray.init(address=address, **options)
+    else:
+        cores = max(len(os.sched_getaffinity(0)), workers)
+        ray.init(
+            address="local", num_cpus=cores, include_dashboard=False, object_store_memory=128 * 2**20, **options
+        )
+    have = ray.cluster_resources()
+    if have.get("CPU", 0) < workers:
+        raise UserError(f"{workers} workers need as many CPUs, the cluster has {have.get('CPU', 0):g}: lower workers")
+    if 0 < have.get("GPU", 0) < workers:
+        raise UserError(f"{workers} workers need a GPU each, the cluster has {have['GPU']:g}: lower workers")
+
+
+def _fit(config: PretrainConfig, data: str, run: Run, console: Console) -> None:
+    gpus = ray.cluster_resources().get("GPU", 0) > 0
+    mailbox = Mailbox.remote()
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={
+            "config": config.model_dump(),
+            "data": data,
+            "out": run.store.url,
+            "run_id": run.run_id,
+            "attempt": run.attempt,
+            "mailbox": mailbox,
+        },
+        scaling_config=ray.train.ScalingConfig(num_workers=config.workers, use_gpu=gpus),
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        run_config=ray.train.RunConfig(
+            name=f"attempt-{run.attempt:04d}",
+            storage_path=run.store.path(RAY_FOLDER),
+            storage_filesystem=None if run.store.is_local else PyFileSystem(FSSpecHandler(run.store.fs)),
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    try:
+        with watch(mailbox, console):
+            trainer.fit()
+    except ray.train.WorkerGroupError as error:
+        raise _cause(error) from None
+    finally:
+        run.store.remove(run.store.names(RAY_FOLDER))
+        if run.store.is_local:
+            shutil.rmtree(run.store.path(RAY_FOLDER), ignore_errors=True)
+
+
+def _cause(error: ray.train.WorkerGroupError) -> BaseException:
+    """What a person should be told: a UserError of any worker, else the whole error."""
+    for failure in error.worker_failures.values():
+        cause: BaseException | None = failure
+        while cause is not None:
+            if isinstance(cause, UserError):
+                return UserError(str(cause).strip())
+            cause = getattr(cause, "cause", None) or cause.__cause__
+    return error
+
+
+def _worker(job: dict[str, Any]) -> None:
+    """One worker: runs in a process of its own, somewhere in the cluster."""
+    context = ray.train.get_context()
+    log = logging.getLogger("maestream")
+    log.addHandler(MailboxHandler(job["mailbox"]))
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":  # Ray allows one thread; share the machine's cores among its workers
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
+    run = Run(
+        open_store(job["out"]),
+        job["run_id"],
+        job["attempt"],
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        device=device,
+        on_metrics=lambda row: job["mailbox"].put.remote(row),
+    )
+    pretrain(PretrainConfig.model_validate(job["config"]), open_dataset(job["data"]), run)

@@ -1,0 +1,146 @@
+"""Checkpoints: RUN/checkpoints/step-00001234/, written by rank 0 on a background thread.
+
+    model.safetensors      the state dict, under the authors' names
+    optimizer.safetensors  "<parameter>/<state>", for every parameter that is trained
+    state.json             step, run id, dataset fingerprint, attempt, config
+    COMMITTED              written last: a checkpoint is committed when it is there
+"""
+
+import json
+import threading
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+from torch import nn
+
+from pipeline.errors import UserError
+from pipeline.storage import Store
+from trainer.config import PretrainConfig
+from trainer.run import Run
+
+FOLDER = "checkpoints"
+MARKER = "COMMITTED"
+
+
+def _folder(step: int) -> str:
+    return f"{FOLDER}/step-{step:08d}"
+
+
+def committed_steps(store: Store) -> list[int]:
+    """Steps of the committed checkpoints, oldest first."""
+    names = store.names(FOLDER)
+    return sorted(int(name.split("/")[1].removeprefix("step-")) for name in names if name.endswith(f"/{MARKER}"))
+
+
+class Checkpointer:
+    """Writes checkpoints of one run, one at a time, and keeps the newest `keep`."""
+
+    def __init__(self, run: Run, config: PretrainConfig, fingerprint: str) -> None:
+        self.run = run
+        self.config = config
+        self.fingerprint = fingerprint
+        self.thread: threading.Thread | None = None
+        self.failure: BaseException | None = None
+
+    @property
+    def busy(self) -> bool:
+        return self.thread is not None and self.thread.is_alive()
+
+    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Commit the state after `step` steps. Waits for the copy off the device, not for the writing;
+        waits for the commit before this one. UserError, and nothing written, if a weight is not finite."""
+        self.wait()
+        weights = {name: _copy(tensor) for name, tensor in model.state_dict().items()}
+        if broken := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+            raise UserError(
+                f"after step {step} the weights are not finite ({broken[0]}, …); nothing was written. "
+                "Resume from the last checkpoint with a lower learning rate in a new run"
+            )
+        moments = {f"{name}/{key}": _copy(tensor) for name, key, tensor in _optimizer_state(model, optimizer)}
+        self.thread = threading.Thread(target=self._write, args=(step, weights, moments), name="commit")
+        self.thread.start()
+
+    def wait(self) -> None:
+        """Wait for the commit under way. Raises what stopped it."""
+        if self.thread is not None:
+            self.thread.join()
+        if self.failure is not None:
+            raise self.failure
+
+    def _write(self, step: int, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor]) -> None:
+        try:
+            store, folder = self.run.store, _folder(step)
+            store.remove([name for name in store.names(folder)])  # of an attempt that died here
+            for name, tensors in (("model", weights), ("optimizer", moments)):
+                with store.staging(f"{folder}/{name}.safetensors") as path:
+                    save_file(tensors, path)
+            state = {
+                "step": step,
+                "run_id": self.run.run_id,
+                "fingerprint": self.fingerprint,
+                "attempt": self.run.attempt,
+                "config": self.config.model_dump(),
+            }
+            store.write(f"{folder}/state.json", json.dumps(state, indent=2).encode())
+            store.write(f"{folder}/{MARKER}", b"")
+            for old in committed_steps(store)[: -self.config.checkpoint.keep]:
+                names = store.names(_folder(old))
+                store.remove(sorted(names, key=lambda name: not name.endswith(MARKER)))  # un-committed first
+        except BaseException as error:  # it belongs to the training thread
+            self.failure = error
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str, str, torch.Tensor]]:
+    return [
+        (name, key, tensor)
+        for name, parameter in model.named_parameters()
+        for key, tensor in optimizer.state.get(parameter, {}).items()
+    ]
+
+
+def load_weights(store: Store, step: int, model: nn.Module) -> None:
+    """The weights of a committed checkpoint. UserError where they are damaged or of another model."""
+    weights = _load(store, f"{_folder(step)}/model.safetensors")
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{store.describe(_folder(step))} is of another model: {error}") from None
+
+
+def load_optimizer(store: Store, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """The optimizer's state of a committed checkpoint, for a model that has its weights."""
+    moments = _load(store, f"{_folder(step)}/optimizer.safetensors")
+    parameters = dict(model.named_parameters())
+    for name, tensor in moments.items():
+        parameter, _, key = name.rpartition("/")
+        optimizer.state[parameters[parameter]][key] = tensor.to(parameters[parameter].device)
+
+
+def _load(store: Store, name: str) -> dict[str, torch.Tensor]:
+    try:
+        return load(store.read(name))
+    except (SafetensorError, FileNotFoundError) as error:
+        raise UserError(
+            f"{store.describe(name)} is damaged or gone ({error}): remove its folder to go on from the "
+            "checkpoint before"
+        ) from None
+
+
+def check_state(store: Store, step: int, run: Run, fingerprint: str, config: PretrainConfig) -> None:
+    """UserError where a checkpoint is of another run, dataset or model than the one that wants it."""
+    state: dict[str, Any] = json.loads(store.read(f"{_folder(step)}/state.json"))
+    wanted = {"run_id": run.run_id, "fingerprint": fingerprint}
+    for key, value in wanted.items():
+        if state[key] != value:
+            raise UserError(
+                f"{store.describe(_folder(step))} has {key} {state[key]}, this run has {value}: it was not "
+                "written by this run; remove it, or choose another --out"
+            )
+    if state["config"]["model"] != config.model.model_dump():
+        raise UserError(f"{store.describe(_folder(step))} is of another model than {store.describe('config.yaml')}")

@@ -1,0 +1,78 @@
+"""A run's metrics: rows of JSON, and TensorBoard events.
+
+In a folder rows are appended to RUN/metrics.jsonl. Object stores cannot append, so there each commit puts
+what has come since the last into an immutable part, RUN/metrics/<attempt>-<step>.jsonl, and event files
+likewise. `read_metrics` reads either.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+from pipeline.storage import Store
+from trainer.run import Run
+
+METRICS = "metrics.jsonl"
+
+
+class Metrics:
+    """Writes one attempt's metrics; for rank 0 alone."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.local = run.store.is_local
+        folder = Path(run.store.root if self.local else tempfile.mkdtemp(prefix="maestream-metrics-"))
+        folder.mkdir(parents=True, exist_ok=True)
+        self.rows = folder / METRICS
+        if self.rows.exists() and not self.rows.read_bytes().endswith(b"\n"):
+            with self.rows.open("a") as file:  # end the line that a kill cut short
+                file.write("\n")
+        self.events = folder / "tensorboard"
+        self.tensorboard = self._open()
+
+    def _open(self) -> SummaryWriter:
+        return SummaryWriter(str(self.events), filename_suffix=f".attempt{self.run.attempt:04d}", flush_secs=30)
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        """Add rows, a step each."""
+        with self.rows.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        for row in rows:
+            for name in ("loss", "lr", "img_per_s", "data_wait_s", "step_s", "bad_samples"):
+                self.tensorboard.add_scalar(name, row[name], row["step"])
+
+    def commit(self, step: int) -> None:
+        """Make what was written durable. Call it before the checkpoint of `step`."""
+        if self.local:
+            self.tensorboard.flush()
+            return
+        self.tensorboard.close()
+        if self.rows.exists():
+            self.run.store.write(f"metrics/{self.run.attempt:04d}-{step:08d}.jsonl", self.rows.read_bytes())
+            self.rows.unlink()
+        for events in self.events.iterdir():
+            self.run.store.write(f"tensorboard/{events.name}", events.read_bytes())
+            events.unlink()
+        self.tensorboard = self._open()
+
+    def close(self, step: int) -> None:
+        self.commit(step)
+        self.tensorboard.close()
+
+
+def read_metrics(store: Store) -> list[dict[str, Any]]:
+    """A row for each step of the history, in order: of a step that was redone, the last attempt's."""
+    names = [METRICS] if store.is_local else store.names("metrics")
+    rows: dict[int, dict[str, Any]] = {}
+    for name in names:
+        for line in store.read(name).decode().splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:  # a line that a kill cut short
+                continue
+            if row["step"] not in rows or row["attempt"] >= rows[row["step"]]["attempt"]:
+                rows[row["step"]] = row
+    return [rows[step] for step in sorted(rows)]

@@ -1,0 +1,176 @@
+"""MAE pre-training: one plain loop, on one worker or many, wherever it runs.
+
+Whatever the world size, step t trains on the same samples with the same weight in the loss: a worker's loss
+is the sum over its samples times W / B, so that the mean over workers is the mean over the global batch.
+"""
+
+import contextlib
+import math
+import os
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.decode import make_decoder
+from pipeline.errors import UserError
+from pipeline.loader import Loader, TrainBatch
+from pipeline.manifest import Dataset
+from trainer.checkpoint import Checkpointer, check_state, committed_steps, load_optimizer, load_weights
+from trainer.config import PretrainConfig
+from trainer.mae import MAE
+from trainer.masks import mask_noise
+from trainer.metrics import Metrics
+from trainer.optim import adamw, learning_rate
+from trainer.reconstruct import draw_grid, evenly_spread, reconstruct
+from trainer.run import Run, make_order
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A step whose numbers are still on the device."""
+
+    step: int
+    epoch: int
+    lr: float
+    wait_s: float
+    sums: torch.Tensor  # see `train_step`
+
+
+def pretrain(config: PretrainConfig, dataset: Dataset, run: Run) -> None:
+    """Train to the end of the config's epochs, from the newest committed checkpoint if there is one.
+
+    Call it on every rank, with torch.distributed initialised if there is more than one.
+    UserError, on all ranks and before anything is written, if the loss is not finite.
+    """
+    # ---- model and optimizer
+    torch.manual_seed(config.seed)  # the same weights on every rank
+    dtype = torch.float64 if config.precision == "float64" else torch.float32
+    model = MAE(config.model).to(run.device, dtype)
+    optimizer = adamw(model, config.optim)
+    trained: nn.Module = DistributedDataParallel(model, broadcast_buffers=False) if run.world_size > 1 else model
+
+    # ---- where we are
+    order = make_order(config, dataset)
+    total_steps = max(1, round(config.epochs * order.steps_per_epoch))
+    start = 0
+    if commits := committed_steps(run.store):
+        start = commits[-1]
+        check_state(run.store, start, run, dataset.fingerprint, config)
+        load_weights(run.store, start, model)
+        load_optimizer(run.store, start, model, optimizer)
+
+    # ---- data, and where to report
+    threads = config.data.threads or max(1, len(os.sched_getaffinity(0)) // run.world_size)
+    decoder = make_decoder(config.data.decoder, config.model.image_size, threads)
+    loader = Loader(dataset, order, decoder, run.rank, run.world_size)
+    leads = run.rank == 0
+    checkpointer = Checkpointer(run, config, dataset.fingerprint)
+    metrics = Metrics(run) if leads else None
+
+    sitters = evenly_spread(dataset, decoder, 12) if leads else None  # the same samples in every picture
+
+    def picture(step: int) -> None:
+        assert sitters is not None
+        result = reconstruct(model, sitters.images.to(run.device), sitters.sample_ids.to(run.device), config.seed)
+        run.store.write(f"pictures/step-{step:08d}.png", draw_grid(result))
+
+    if leads and start == 0:
+        picture(0)
+
+    # ---- the loop
+    pending: list[Pending] = []
+    looked = committed = time.perf_counter()
+    for batch in loader.steps(start, total_steps):
+        lr = learning_rate(batch.step, total_steps, order.steps_per_epoch, config.global_batch, config.optim)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        sums = train_step(trained, optimizer, batch, config, run)
+        pending.append(Pending(batch.step, batch.epoch, lr, batch.wait_s, sums))
+
+        done = batch.step + 1
+        last = done == total_steps
+        due = config.checkpoint.every_steps and done % config.checkpoint.every_steps == 0
+        if not (done % config.log_every == 0 or due or last):
+            continue
+
+        # ---- look at the device: every loss since the last look, the same on every rank
+        losses, bad = gather(pending, config.global_batch, run)
+        for seen, loss in zip(pending, losses, strict=True):
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"the loss is {loss} at step {seen.step} (epoch {seen.epoch}); nothing was written since the "
+                    f"commit before. Start a new run with a lower optim.blr or a longer warm-up"
+                )
+        if metrics is not None:
+            now = time.perf_counter()
+            rows = [
+                {
+                    "attempt": run.attempt,
+                    "step": seen.step,
+                    "epoch": seen.epoch,
+                    "samples": (seen.step + 1) * config.global_batch,
+                    "loss": loss,
+                    "lr": seen.lr,
+                    "img_per_s": len(pending) * config.global_batch / (now - looked),
+                    "data_wait_s": seen.wait_s,
+                    "step_s": (now - looked) / len(pending),
+                    "bad_samples": bad_samples,
+                    "world_size": run.world_size,
+                }
+                for seen, loss, bad_samples in zip(pending, losses, bad, strict=True)
+            ]
+            metrics.write(rows)
+            run.on_metrics({**rows[-1], "total_steps": total_steps})
+            # ---- commit
+            overdue = now - committed > config.checkpoint.every_minutes * 60 and not checkpointer.busy
+            if due or last or overdue:
+                metrics.commit(done)
+                picture(done)
+                checkpointer.save(done, model, optimizer)
+                committed = now
+        pending.clear()
+        looked = time.perf_counter()
+
+    checkpointer.wait()
+    if metrics is not None:
+        metrics.close(total_steps)
+    loader.close()
+
+
+def train_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: TrainBatch, config: PretrainConfig, run: Run
+) -> torch.Tensor:
+    """One optimizer step. Returns float64[2] on the device: the weighted sum of this worker's losses, and how
+    many of its samples are bad."""
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and run.device.type == "cuda")
+    micro_batches = list(
+        zip(*(t.split(config.micro_batch) for t in (batch.images, batch.sample_ids, batch.weights)), strict=True)
+    )
+    total = torch.zeros((), dtype=torch.float64, device=run.device)
+    for i, (images, ids, weights) in enumerate(micro_batches):
+        images, ids, weights = (t.to(run.device, non_blocking=True) for t in (images, ids, weights))
+        noise = mask_noise(config.seed, batch.epoch, ids, config.model.patches)
+        # Gradients are averaged over the workers once, with the last micro-batch.
+        early = isinstance(model, DistributedDataParallel) and i + 1 < len(micro_batches)
+        with model.no_sync() if early else contextlib.nullcontext():
+            with torch.autocast(run.device.type, torch.bfloat16, enabled=bf16):
+                loss = (model(images, noise) * weights).sum()
+            (loss * (run.world_size / config.global_batch)).backward()
+        total += loss.detach()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return torch.stack([total, (batch.weights == 0).sum().to(total)])
+
+
+def gather(
+    pending: list[Pending], global_batch: int, run: Run
+) -> tuple[list[float], list[int]]:
+    """The global loss and the number of bad samples of each pending step, the same on every rank."""
+    sums = torch.stack([seen.sums for seen in pending])
+    if run.world_size > 1:
+        dist.all_reduce(sums)
+    return (sums[:, 0] / global_batch).tolist(), sums[:, 1].int().tolist()

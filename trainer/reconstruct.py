@@ -1,0 +1,100 @@
+"""Pictures of what the model sees: original, masked, reconstruction; and how far off it is."""
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from pipeline.decode import Decoder
+from pipeline.loader import Batch, centred_batch
+from pipeline.manifest import Dataset
+from trainer.mae import MAE
+from trainer.masks import mask_noise
+
+GREY = 128
+MASK_EPOCH = 2**31  # no training epoch has it, so these masks are ones that were never trained on
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """n images. Pixels are uint8[n, 3, h, w]."""
+
+    originals: torch.Tensor
+    masked: torch.Tensor  # masked patches grey
+    pasted: torch.Tensor  # the reconstruction, with the visible patches as they are
+    error: float  # mean squared error over masked patches, in the model's target space
+    mean_fill_error: float  # the same of filling with the mean of the visible pixels, per image and colour
+
+
+@torch.no_grad()
+def reconstruct(model: MAE, images: torch.Tensor, sample_ids: torch.Tensor, seed: int) -> Reconstruction:
+    """Mask and reconstruct uint8[n, 3, image_size, image_size].
+
+    A model trained on normalised patches does not know a patch's mean and variance: for the picture they are
+    taken from the original (the error is in normalised space, and its baseline predicts zero variation).
+    """
+    was_training = model.training
+    model.eval()
+    pixels = model.normalise(images)
+    patches = model.patchify(pixels)
+    noise = mask_noise(seed, MASK_EPOCH, sample_ids, model.patches)
+    prediction, masked = model.predict(pixels, noise)
+    target = model.target(patches)
+    hidden = masked[..., None].expand_as(patches)
+    error = (prediction - target)[hidden].square().mean().item()
+
+    if model.config.norm_pix:
+        baseline = torch.zeros_like(target)
+        mean = patches.mean(dim=-1, keepdim=True)
+        std = (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+        shown = prediction * std + mean
+    else:
+        colours = patches.unflatten(-1, (-1, 3))  # [n, L, p · p, 3]
+        seen = (~masked)[..., None, None]
+        mean = (colours * seen).sum(dim=(1, 2)) / (seen.sum(dim=(1, 2)) * colours.shape[2])  # [n, 3]
+        baseline = mean[:, None, None, :].expand_as(colours).flatten(-2)
+        shown = prediction
+    mean_fill_error = (baseline - target)[hidden].square().mean().item()
+
+    def to_pixels(patches: torch.Tensor) -> torch.Tensor:
+        image = model.unpatchify(patches) * model.pixel_std + model.pixel_mean
+        return (image * 255).round().clamp(0, 255).to(torch.uint8).cpu()
+
+    originals = images.cpu()
+    where = model.unpatchify(hidden.to(patches.dtype)).bool().cpu()
+    model.train(was_training)
+    return Reconstruction(
+        originals=originals,
+        masked=torch.where(where, torch.tensor(GREY, dtype=torch.uint8), originals),
+        pasted=torch.where(where, to_pixels(shown), originals),
+        error=error,
+        mean_fill_error=mean_fill_error,
+    )
+
+
+def evenly_spread(dataset: Dataset, decoder: Decoder, count: int) -> Batch:
+    """`count` samples spread evenly over a dataset, through their centre crops."""
+    ids = np.unique(np.linspace(0, dataset.samples - 1, min(count, dataset.samples)).astype(np.int64))
+    return centred_batch(dataset, decoder, ids)
+
+
+def draw_grid(result: Reconstruction, columns: int = 2, rows: int = 6) -> bytes:
+    """PNG of the first images, `columns` triples (original, masked, reconstruction) side by side."""
+    n = min(len(result.originals), columns * rows)
+    size, gap, head = result.originals.shape[-1], 4, 18
+    columns = min(columns, n)
+    triple = 3 * (size + gap) + 3 * gap
+    sheet = Image.new("RGB", (columns * triple + gap, head + -(-n // columns) * (size + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i in range(n):
+        left, top = gap + (i % columns) * triple, head + (i // columns) * (size + gap)
+        for k, images in enumerate((result.originals, result.masked, result.pasted)):
+            picture = Image.fromarray(images[i].permute(1, 2, 0).contiguous().numpy())
+            sheet.paste(picture, (left + k * (size + gap), top))
+            if i < columns:
+                draw.text((left + k * (size + gap), 3), ("original", "masked", "reconstruction")[k], fill="black")
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    return buffer.getvalue()
