@@ -2,13 +2,17 @@
 
 import json
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import click
-import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from pipeline.errors import UserError
@@ -56,7 +60,9 @@ def shards() -> None:
 @shards.command()
 @click.argument("source")
 @click.argument("dest")
-@click.option("--shard-mb", type=click.FloatRange(min=0.01), default=128, show_default=True, help="Size of a shard.")
+@click.option(
+    "--shard-mb", type=click.FloatRange(min=0.01), default=128, show_default=True, help="Size of a shard."
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the shuffle.")
 @click.option("--strict", is_flag=True, help="Stop at the first image that does not decode.")
 @click.option("--overwrite", is_flag=True, help="Replace the dataset that is there.")
@@ -145,7 +151,9 @@ def verify(dest: str) -> None:
     if problems:
         console.print(f"{len(problems)} problems in {dataset.store.url}")
         sys.exit(1)
-    console.print(f"{dataset.samples:,} images in {dataset.manifest.shards} shards are whole: {dataset.store.url}")
+    console.print(
+        f"{dataset.samples:,} images in {dataset.manifest.shards} shards are whole: {dataset.store.url}"
+    )
 
 
 @cli.command()
@@ -168,7 +176,9 @@ def order(dest: str, steps: str | None, rank: int, world_size: int, epoch: int, 
         raise UserError(f"--rank {rank} of --world-size {world_size}: ranks go from 0 to {world_size - 1}")
     dataset = open_dataset(dest)
     data = DataConfig(lanes=fixed["lanes"], block=fixed["block"])
-    config = PretrainConfig(global_batch=fixed["global_batch"], seed=fixed["seed"], workers=world_size, data=data)
+    config = PretrainConfig(
+        global_batch=fixed["global_batch"], seed=fixed["seed"], workers=world_size, data=data
+    )
     order = make_order(fix_order(config, dataset), dataset)
     for step in _steps(steps, order.steps_per_epoch):
         ids = order.step_ids(epoch * order.steps_per_epoch + step, rank, world_size)
@@ -196,7 +206,9 @@ def _steps(text: str | None, steps_per_epoch: int) -> range:
 
 
 @cli.command()
-@click.option("--config", "recipe", required=True, type=click.Path(dir_okay=False), help="A recipe, recipes/*.yaml.")
+@click.option(
+    "--config", "recipe", required=True, type=click.Path(dir_okay=False), help="A recipe, recipes/*.yaml."
+)
 @click.option("--data", required=True, help="The dataset.")
 @click.option("--out", required=True, help="The run folder; the same command again resumes.")
 @click.argument("overrides", nargs=-1, metavar="[key=value]...")
@@ -214,8 +226,12 @@ def pretrain(recipe: str, data: str, out: str, overrides: tuple[str, ...]) -> No
 @cli.command()
 @click.argument("run")
 @click.option("--data", required=True, help="The dataset to look at; held-out images tell more.")
-@click.option("--grid", required=True, type=click.Path(dir_okay=False, writable=True), help="Where to write the PNG.")
-@click.option("--count", type=click.IntRange(min=1), default=64, show_default=True, help="Images the error is over.")
+@click.option(
+    "--grid", required=True, type=click.Path(dir_okay=False, writable=True), help="Where to write the PNG."
+)
+@click.option(
+    "--count", type=click.IntRange(min=1), default=64, show_default=True, help="Images the error is over."
+)
 def reconstruct(run: str, data: str, grid: str, count: int) -> None:
     """A picture of original, masked and reconstructed images by a run's newest checkpoint, and its error."""
     import torch

@@ -1,4 +1,4 @@
-"""What a person sees while workers train elsewhere: one live line, or plain lines where there is no terminal."""
+"""What a person sees while workers train elsewhere: one live line, or plain ones without a terminal."""
 
 import logging
 import threading
@@ -15,9 +15,8 @@ POLL_S = 0.5
 PLAIN_LINE_S = 5.0  # seconds between two lines where there is no terminal
 
 
-@ray.remote(num_cpus=0)
 class Mailbox:
-    """Where workers leave the newest metrics, and warnings, for the driver to show."""
+    """A Ray actor where workers leave the newest metrics, and warnings, for the driver to show."""
 
     def __init__(self) -> None:
         self.row: dict[str, Any] | None = None
@@ -88,5 +87,7 @@ def _show(mailbox: Any, console: Console, stop: threading.Event) -> None:
             done = row["step"] + 1
             progress.update(task, completed=done, total=row["total_steps"], description=summary(row))
             if not console.is_terminal and (ending or time.monotonic() - shown[1] > PLAIN_LINE_S):
-                console.print(f"step {done}/{row['total_steps']}  {summary(row)}", highlight=False, soft_wrap=True)
+                console.print(
+                    f"step {done}/{row['total_steps']}  {summary(row)}", highlight=False, soft_wrap=True
+                )
                 shown = row["step"], time.monotonic()

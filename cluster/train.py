@@ -55,18 +55,24 @@ def _start_ray(workers: int) -> None:
     else:
         cores = max(len(os.sched_getaffinity(0)), workers)
         ray.init(
-            address="local", num_cpus=cores, include_dashboard=False, object_store_memory=128 * 2**20, **options
+            address="local",
+            num_cpus=cores,
+            include_dashboard=False,
+            object_store_memory=128 * 2**20,
+            **options,
         )
     have = ray.cluster_resources()
     if have.get("CPU", 0) < workers:
-        raise UserError(f"{workers} workers need as many CPUs, the cluster has {have.get('CPU', 0):g}: lower workers")
+        raise UserError(
+            f"{workers} workers need as many CPUs, the cluster has {have.get('CPU', 0):g}: lower workers"
+        )
     if 0 < have.get("GPU", 0) < workers:
         raise UserError(f"{workers} workers need a GPU each, the cluster has {have['GPU']:g}: lower workers")
 
 
 def _fit(config: PretrainConfig, data: str, run: Run, console: Console) -> None:
     gpus = ray.cluster_resources().get("GPU", 0) > 0
-    mailbox = Mailbox.remote()
+    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
     trainer = TorchTrainer(
         _worker,
         train_loop_config={

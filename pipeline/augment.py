@@ -26,7 +26,9 @@ def random_resized_crops(seed: int, epoch: int, sample_ids: Ints, heights: Ints,
     whose ratio is within bounds.
     """
     tries = np.arange(TRIES)[None, :]
-    draw = [uniform(seed, CROP_STREAM, epoch, sample_ids[:, None], tries, k) for k in range(4)]  # each [n, tries]
+    draw = [
+        uniform(seed, CROP_STREAM, epoch, sample_ids[:, None], tries, k) for k in range(4)
+    ]  # each [n, tries]
     area = (heights * widths)[:, None] * (SCALE[0] + (SCALE[1] - SCALE[0]) * draw[0])
     log_ratio = (math.log(RATIO[0]), math.log(RATIO[1]))
     ratio = np.exp(log_ratio[0] + (log_ratio[1] - log_ratio[0]) * draw[1])
@@ -36,9 +38,9 @@ def random_resized_crops(seed: int, epoch: int, sample_ids: Ints, heights: Ints,
     # Floor of a uniform over the number of places keeps both borders reachable, as randint does.
     y = (draw[2] * (heights[:, None] - h + 1)).astype(np.int64)
     x = (draw[3] * (widths[:, None] - w + 1)).astype(np.int64)
-    first = fits.argmax(1)
+    first = np.argmax(fits, axis=1)
     tried = np.stack([y, x, h, w], -1)[np.arange(len(first)), first]
-    return np.where(fits.any(1)[:, None], tried, _centred_within_ratio(heights, widths))
+    return np.where(np.any(fits, axis=1)[:, None], tried, _centred_within_ratio(heights, widths))
 
 
 def _centred_within_ratio(heights: Ints, widths: Ints) -> Ints:

@@ -43,7 +43,9 @@ class ChunkCache:
         futures = {chunk: self._want(chunk) for chunk in self._chunks_of(located)}
         chunks = {chunk: memoryview(future.result()) for chunk, future in futures.items()}
         encoded: list[Encoded] = []
-        for shard, offset, size in zip(located.shard.tolist(), located.offset.tolist(), located.size.tolist(), strict=True):
+        for shard, offset, size in zip(
+            located.shard.tolist(), located.offset.tolist(), located.size.tolist(), strict=True
+        ):
             first, last = offset // CHUNK_BYTES, (offset + size - 1) // CHUNK_BYTES
             begin = offset - first * CHUNK_BYTES
             if first == last:

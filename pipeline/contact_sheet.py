@@ -14,12 +14,17 @@ TILE, COLUMNS, ROWS, CAPTION = 112, 8, 6, 14
 
 def draw_contact_sheet(dataset: Dataset) -> bytes:
     """PNG of up to 48 samples spread evenly over the dataset, each with its class or key."""
-    ids = np.unique(np.linspace(0, dataset.samples - 1, min(COLUMNS * ROWS, dataset.samples)).astype(np.int64))
+    ids = np.unique(
+        np.linspace(0, dataset.samples - 1, min(COLUMNS * ROWS, dataset.samples)).astype(np.int64)
+    )
     decoder = make_decoder("pillow", TILE, threads=8)
     batch = centred_batch(dataset, decoder, ids)
     decoder.close()
     names = dataset.manifest.classes
-    captions = [names[label] if label >= 0 else key for label, key in zip(batch.labels.tolist(), dataset.keys(ids), strict=True)]
+    captions = [
+        names[label] if label >= 0 else key
+        for label, key in zip(batch.labels.tolist(), dataset.keys(ids), strict=True)
+    ]
     rows = -(-len(ids) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * (TILE + 4) + 4, rows * (TILE + CAPTION + 4) + 4), "white")
     draw = ImageDraw.Draw(sheet)

@@ -36,4 +36,4 @@ def hash64(*parts: npt.ArrayLike) -> U64:
 
 def uniform(*parts: npt.ArrayLike) -> npt.NDArray[np.float64]:
     """Floats in [0, 1) with 53 random bits each, from `hash64` of the parts."""
-    return (hash64(*parts) >> np.uint64(11)) * 2.0**-53
+    return (hash64(*parts) >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -4,11 +4,12 @@ The only state is the step number: `batch(step)` is a pure function of it, and i
 calls it ahead of time.
 """
 
+import itertools
 import logging
-import queue
-import threading
 import time
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +22,7 @@ from pipeline.decode import Decoder
 from pipeline.manifest import Dataset
 from pipeline.order import Ints, Order
 
-AHEAD = 2  # decoded batches that may wait; the bytes of one more are being fetched
+AHEAD = 2  # batches made ahead of the trainer; the bytes of one more are being fetched
 log = logging.getLogger("maestream")
 
 
@@ -60,7 +61,7 @@ class Loader:
         lanes = len(order.lanes_of(rank, world_size))
         # Two blocks of each lane (DESIGN.md, Order), but no less than what is read ahead.
         block = max(order.block, (AHEAD + 2) * order.per_lane)
-        capacity = 2 * lanes * (int(block * dataset.mean_sample_bytes) + 2 * CHUNK_BYTES)
+        capacity = 2 * lanes * (int(block * dataset.mean_sample_bytes) + CHUNK_BYTES)
         self.cache = ChunkCache(dataset, capacity)
 
     def batch(self, step: int) -> Batch:
@@ -74,43 +75,26 @@ class Loader:
 
     def steps(self, start: int, stop: int) -> Iterator[TrainBatch]:
         """Batches of steps `start` to `stop`, made ahead of time by a thread."""
-        ready: queue.Queue[tuple[int, Batch] | BaseException] = queue.Queue(AHEAD)
-        done = threading.Event()
-
-        def offer(item: tuple[int, Batch] | BaseException) -> None:
-            while not done.is_set():
-                try:
-                    return ready.put(item, timeout=0.2)
-                except queue.Full:
-                    continue
-
-        def produce() -> None:
-            try:
-                for step in range(start, stop):
-                    if step + 1 < stop:
-                        self.cache.prefetch(
-                            self.dataset.locate(self.order.step_ids(step + 1, self.rank, self.world_size))
-                        )
-                    offer((step, self.batch(step)))
-                    if done.is_set():
-                        return
-            except BaseException as error:  # it belongs to the consumer
-                offer(error)
-
-        producer = threading.Thread(target=produce, name="loader", daemon=True)
-        producer.start()
+        upcoming = iter(range(start, stop))
+        waiting: deque[Future[Batch]] = deque()
+        maker = ThreadPoolExecutor(1, thread_name_prefix="loader")
         try:
-            for _ in range(start, stop):
+            for step in range(start, stop):
+                for ahead in itertools.islice(upcoming, AHEAD + 1 - len(waiting)):
+                    waiting.append(maker.submit(self._make, ahead, stop))
                 begin = time.perf_counter()
-                item = ready.get()
+                batch = waiting.popleft().result()
                 wait_s = time.perf_counter() - begin
-                if isinstance(item, BaseException):
-                    raise item
-                step, batch = item
-                yield TrainBatch(**vars(batch), step=step, epoch=step // self.order.steps_per_epoch, wait_s=wait_s)
+                epoch = step // self.order.steps_per_epoch
+                yield TrainBatch(**vars(batch), step=step, epoch=epoch, wait_s=wait_s)
         finally:
-            done.set()
-            producer.join()
+            maker.shutdown(cancel_futures=True)
+
+    def _make(self, step: int, stop: int) -> Batch:
+        if step + 1 < stop:  # its bytes come while this step is decoded
+            ids = self.order.step_ids(step + 1, self.rank, self.world_size)
+            self.cache.prefetch(self.dataset.locate(ids))
+        return self.batch(step)
 
     def close(self) -> None:
         self.cache.close()
@@ -136,7 +120,14 @@ def read_batch(
         weights[i] = 0
         decoded.images[i] = 0
         shard = dataset.store.describe(dataset.shard_name(int(located.shard[i])))
-        log.warning("bad sample %d, %s at byte %d of %s: %s", ids[i], *dataset.keys(ids[i : i + 1]), located.offset[i], shard, reason)
+        log.warning(
+            "bad sample %d, %s at byte %d of %s: %s",
+            ids[i],
+            *dataset.keys(ids[i : i + 1]),
+            located.offset[i],
+            shard,
+            reason,
+        )
     return Batch(decoded.images, torch.from_numpy(located.label), torch.from_numpy(ids), weights)
 
 

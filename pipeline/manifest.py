@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.errors import UserError
-from pipeline.storage import Store, open_store
+from pipeline.storage import FIRST_DEADLINE_S, Store, open_store
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -138,9 +138,13 @@ class Dataset:
         try:
             table = pq.read_table(io.BytesIO(self.store.read(name)), columns=columns)
         except FileNotFoundError:
-            raise UserError(f"{self.store.describe(name)} is missing: copy or build the dataset again") from None
+            raise UserError(
+                f"{self.store.describe(name)} is missing: copy or build the dataset again"
+            ) from None
         except pa.ArrowInvalid as error:
-            raise UserError(f"{self.store.describe(name)} is damaged ({error}): build the dataset again") from None
+            raise UserError(
+                f"{self.store.describe(name)} is damaged ({error}): build the dataset again"
+            ) from None
         if len(table) != self.shard_samples[shard]:
             raise UserError(
                 f"{self.store.describe(name)} has {len(table)} rows, the manifest says "
@@ -175,7 +179,9 @@ def fingerprint(shards: pa.Table) -> str:
     return hashlib.sha256("\n".join(shards["content"].to_pylist()).encode()).hexdigest()
 
 
-def write_dataset(store: Store, shards: pa.Table, image_bytes: int, classes: list[str], built: dict[str, Any]) -> Manifest:
+def write_dataset(
+    store: Store, shards: pa.Table, image_bytes: int, classes: list[str], built: dict[str, Any]
+) -> Manifest:
     """Write the table of shards, then the manifest: from then on it is a dataset."""
     manifest = Manifest(
         format_version=FORMAT_VERSION,
@@ -195,7 +201,7 @@ def open_dataset(url: str) -> Dataset:
     """Open the dataset at a path or URL. UserError where there is none, or one this version cannot read."""
     store = open_store(url)
     try:
-        text = store.read(MANIFEST)
+        text = store.read(MANIFEST, FIRST_DEADLINE_S)
     except (FileNotFoundError, NotADirectoryError):
         hint = "a build was begun and not finished: run it again" if _begun(store) else "is the path right?"
         raise UserError(f"{store.url} is not a dataset: it has no {MANIFEST} ({hint})") from None
@@ -210,11 +216,15 @@ def open_dataset(url: str) -> Dataset:
         shards = pq.read_table(io.BytesIO(store.read(SHARDS)), schema=SHARDS_SCHEMA)
     except (ValueError, KeyError, TypeError, ValidationError, pa.ArrowException) as error:
         first = str(error).splitlines()[0]
-        raise UserError(f"{store.describe(MANIFEST)} is damaged ({first}): copy or build the dataset again") from None
+        raise UserError(
+            f"{store.describe(MANIFEST)} is damaged ({first}): copy or build the dataset again"
+        ) from None
     except FileNotFoundError:
         raise UserError(f"{store.describe(SHARDS)} is missing: copy or build the dataset again") from None
     if len(shards) != manifest.shards or sum(shards["samples"].to_pylist()) != manifest.samples:
-        raise UserError(f"{store.describe(SHARDS)} does not belong to {MANIFEST}: copy or build the dataset again")
+        raise UserError(
+            f"{store.describe(SHARDS)} does not belong to {MANIFEST}: copy or build the dataset again"
+        )
     return Dataset(store, manifest, shards)
 
 

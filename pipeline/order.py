@@ -105,7 +105,7 @@ class Order:
         return (int(hash64(self.seed, ROTATION_STREAM)) + epoch * stride) % self.samples
 
     def row(self, epoch: int) -> tuple[Ints, Ints]:
-        """The epoch's shards in their order (int[shards]), and the row place where each begins (int[shards])."""
+        """The epoch's shards in their order, and the row place where each begins: int[shards] both."""
         shards = np.arange(len(self.shard_samples))
         order = np.argsort(hash64(self.seed, SHARD_STREAM, epoch, shards), kind="stable")
         sizes = self.shard_samples[order]

@@ -38,11 +38,24 @@ SHAPES: dict[str, list[Point]] = {  # outlines in the unit circle
     "star": _star(5, 0.42),
     "hexagon": _polygon(6),
     "cross": [
-        (-_ARM, -1), (_ARM, -1), (_ARM, -_ARM), (1, -_ARM), (1, _ARM), (_ARM, _ARM),
-        (_ARM, 1), (-_ARM, 1), (-_ARM, _ARM), (-1, _ARM), (-1, -_ARM), (-_ARM, -_ARM),
+        (-_ARM, -1),
+        (_ARM, -1),
+        (_ARM, -_ARM),
+        (1, -_ARM),
+        (1, _ARM),
+        (_ARM, _ARM),
+        (_ARM, 1),
+        (-_ARM, 1),
+        (-_ARM, _ARM),
+        (-1, _ARM),
+        (-1, -_ARM),
+        (-_ARM, -_ARM),
     ],
     "heart": [
-        (math.sin(t) ** 3, -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 17)
+        (
+            math.sin(t) ** 3,
+            -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 17,
+        )
         for t in (2 * math.pi * k / 60 for k in range(60))
     ],
     "flower": _radial(lambda a: 0.72 + 0.28 * math.cos(6 * a)),
@@ -59,7 +72,9 @@ def draw_scene(seed: int, index: int, label: int) -> bytes:
         width, height = height, width
     image = Image.fromarray(_background(rng, width, height))
     outlines = list(SHAPES.values())
-    others = [(int(rng.integers(len(outlines))), float(rng.uniform(0.08, 0.16))) for _ in range(rng.integers(0, 3))]
+    others = [
+        (int(rng.integers(len(outlines))), float(rng.uniform(0.08, 0.16))) for _ in range(rng.integers(0, 3))
+    ]
     for kind, size in [*others, (label, float(rng.uniform(0.27, 0.40)))]:
         image = _with_shape(rng, image, outlines[kind], size * min(width, height) * 1.2)
     # Film grain: without it a file weighs a fifth of what a photograph does.
@@ -71,25 +86,28 @@ def draw_scene(seed: int, index: int, label: int) -> bytes:
 
 
 def _background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """Sky and ground, each a vertical gradient, with a slanted horizon: uint8[height, width, 3]."""
+    """Sky and ground, each with a vertical gradient, and a slanted horizon: uint8[height, width, 3]."""
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     horizon = height * rng.uniform(0.35, 0.7) + (x - width / 2) * rng.uniform(-0.15, 0.15)
-    colours = rng.uniform(40, 230, (4, 3)).astype(np.float32)
+    sky_colour, ground_colour = rng.uniform(40, 200, (2, 3)).astype(np.float32)
     above = np.clip(y / horizon, 0, 1)[..., None]
     below = np.clip((y - horizon) / (height - horizon), 0, 1)[..., None]
-    sky = colours[0] * (1 - above) + colours[1] * above
-    ground = colours[2] * (1 - below) + colours[3] * below
+    sky = sky_colour * (1 - above) + (sky_colour + 255) / 2 * above  # paler towards the horizon
+    ground = ground_colour * (0.9 - 0.4 * below)  # darker towards us
     return np.where((y < horizon)[..., None], sky, ground).astype(np.uint8)
 
 
-def _with_shape(rng: np.random.Generator, image: Image.Image, outline: list[Point], radius: float) -> Image.Image:
+def _with_shape(
+    rng: np.random.Generator, image: Image.Image, outline: list[Point], radius: float
+) -> Image.Image:
     """The image with one shaded shape and its shadow put somewhere inside."""
     width, height = image.size
     centre = rng.uniform(0.3, 0.7) * width, rng.uniform(0.3, 0.7) * height
     turn, squeeze = rng.uniform(-0.4, 0.4), rng.uniform(0.8, 1.0)
     cos, sin = math.cos(turn) * radius, math.sin(turn) * radius
     points = [
-        (centre[0] + cos * px * squeeze - sin * py, centre[1] + sin * px * squeeze + cos * py) for px, py in outline
+        (centre[0] + cos * px * squeeze - sin * py, centre[1] + sin * px * squeeze + cos * py)
+        for px, py in outline
     ]
     mask = Image.new("L", image.size)
     ImageDraw.Draw(mask).polygon(points, fill=255)

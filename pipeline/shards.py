@@ -37,7 +37,8 @@ from pipeline.storage import Store
 
 MEMBER_EXTENSION = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png"}  # of PIL's name of the format
 THREADS = 8  # decoding releases the GIL, and reads wait
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,9 @@ def _claim(source: Source, store: Store, overwrite: bool) -> None:
     if MANIFEST in names and not overwrite:
         raise UserError(f"{store.url} already has a dataset: choose another destination, or add --overwrite")
     if names and MANIFEST not in names and BUILDING not in names:
-        raise UserError(f"{store.url} is not empty and not a dataset ({names[0]}, …): choose another destination")
+        raise UserError(
+            f"{store.url} is not empty and not a dataset ({names[0]}, …): choose another destination"
+        )
     ours = [name for name in names if _is_ours(name)]
     # The manifest goes first and BUILDING comes before all else, so that a kill here is recognised too.
     store.write(BUILDING, b"{}\n")
@@ -166,7 +169,11 @@ def _map_ahead(function: Callable[[T], R], inputs: Iterable[T]) -> Iterator[R]:
 
 
 def _write_shard(
-    store: Store, name: str, head: tuple[Item, Checked], samples: Iterator[tuple[Item, Checked]], shard_bytes: int
+    store: Store,
+    name: str,
+    head: tuple[Item, Checked],
+    samples: Iterator[tuple[Item, Checked]],
+    shard_bytes: int,
 ) -> tuple[dict[str, Any], int, tuple[Item, Checked] | None]:
     """Write one shard and its index, from `head` on until the next image would pass `shard_bytes`.
 
@@ -177,9 +184,12 @@ def _write_shard(
     following: tuple[Item, Checked] | None = head
     with store.staging(name) as path:
         # PAX is USTAR but for names too long for it. Fixed times and owners make the bytes repeatable.
-        with path.open("wb") as file, webdataset.TarWriter(
-            file, mtime=0, user="maestream", group="maestream", format="PAX_FORMAT"
-        ) as tar:
+        with (
+            path.open("wb") as file,
+            webdataset.TarWriter(
+                file, mtime=0, user="maestream", group="maestream", format="PAX_FORMAT"
+            ) as tar,
+        ):
             while following is not None and (not checked or used + len(following[1].data) <= shard_bytes):
                 item, image = following
                 label = {} if item.label == NO_LABEL else {"cls": str(item.label).encode()}
@@ -187,17 +197,23 @@ def _write_shard(
                 checked[item.key] = Checked(b"", image.extension, image.width, image.height)
                 used += len(image.data)
                 following = next(samples, None)
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            file.seek(0)
+        with path.open("rb") as written:
+            sha256 = hashlib.file_digest(written, "sha256").hexdigest()
+            written.seek(0)
             rows = [
                 {**row, "width": checked[row["key"]].width, "height": checked[row["key"]].height}
-                for row in read_tar(file)
+                for row in read_tar(written)
             ]
         index = pa.Table.from_pylist(rows, schema=INDEX_SCHEMA)
         size = path.stat().st_size
     store.write(index_name(name), to_parquet(index))
-    shard = {"name": name, "samples": len(index), "bytes": size, "sha256": sha256, "content": content_digest(index)}
+    shard = {
+        "name": name,
+        "samples": len(index),
+        "bytes": size,
+        "sha256": sha256,
+        "content": content_digest(index),
+    }
     return shard, used, following
 
 

@@ -93,7 +93,10 @@ def _synthetic(url: str) -> Source:
     names = list(SHAPES)[:classes]
     items = [
         Item(
-            f"{names[i % classes]}/{i:08d}", i % classes, f"scene {i}", functools.partial(draw_scene, seed, i, i % classes)
+            f"{names[i % classes]}/{i:08d}",
+            i % classes,
+            f"scene {i}",
+            functools.partial(draw_scene, seed, i, i % classes),
         )
         for i in range(count)
     ]

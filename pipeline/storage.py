@@ -7,7 +7,7 @@ a wrong endpoint) becomes a `UserError` with a message that says what to do.
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,8 @@ import tenacity
 
 from pipeline.errors import UserError
 
-READ_DEADLINE_S = 120  # how long one ranged read is retried in all
+READ_DEADLINE_S = 120  # how long one read is retried in all
+FIRST_DEADLINE_S = 5  # the same for the first read from a store, when a wrong name is likelier than a fault
 S3_OPTIONS = {
     # Objects are immutable here and folders change under us: a cached listing can only be wrong.
     "use_listings_cache": False,
@@ -63,10 +64,10 @@ class Store:
     def describe(self, name: str = "") -> str:
         return f"{self.url}/{name}" if name else self.url
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, deadline_s: float = READ_DEADLINE_S) -> bytes:
         """The whole of a small object. FileNotFoundError where there is none."""
         with _explained(self.describe(name)):
-            return self._retry(lambda: self.fs.cat_file(self.path(name)))
+            return self._retry(lambda: self.fs.cat_file(self.path(name)), deadline_s)
 
     def read_range(self, name: str, start: int, size: int) -> bytes:
         """Exactly `size` bytes from byte `start`. FileNotFoundError, or ShortReadError past the end."""
@@ -85,14 +86,14 @@ class Store:
             return data
 
         with _explained(self.describe(name)):
-            return self._retry(attempt)
+            return self._retry(attempt, READ_DEADLINE_S)
 
-    def _retry(self, attempt: Any) -> bytes:
+    def _retry(self, attempt: Callable[[], bytes], deadline_s: float) -> bytes:
         """Call `attempt` until it succeeds: exponential waits with full jitter, and a total deadline."""
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(_is_fault),
             wait=tenacity.wait_random_exponential(multiplier=0.1, max=10),
-            stop=tenacity.stop_after_delay(READ_DEADLINE_S) if not self.is_local else tenacity.stop_after_attempt(3),
+            stop=tenacity.stop_after_attempt(3) if self.is_local else tenacity.stop_after_delay(deadline_s),
             reraise=True,
         )
         return retrying(attempt)
@@ -107,11 +108,11 @@ class Store:
 
     def names(self, prefix: str = "") -> list[str]:
         """Names of all files below `prefix`, sorted; empty where there is nothing."""
-        with _explained(self.describe(prefix)):
-            try:
+        try:
+            with _explained(self.describe(prefix)):
                 found = self.fs.find(self.path(prefix))
-            except FileNotFoundError:
-                return []
+        except FileNotFoundError:
+            return []
         return sorted(name.removeprefix(self.root).lstrip("/") for name in found)
 
     def write(self, name: str, data: bytes) -> None:
@@ -176,14 +177,22 @@ def _explained(where: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        if "NoSuchBucket" in str(error) or "bucket does not exist" in str(error):
+        if "bucket does not exist" in str(error):  # what S3 says of NoSuchBucket
             raise UserError(f"{where}: there is no such bucket: create it, or check its name") from error
         raise
     except PermissionError as error:
         raise UserError(
             f"{where}: access refused ({error}). Check "
-            + ("AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" if where.startswith("s3://") else "its owner and mode")
+            + (
+                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+                if where.startswith("s3://")
+                else "its owner and mode"
+            )
         ) from error
+    except OSError as error:
+        if "bucket is not valid" not in str(error):
+            raise
+        raise UserError(f"{where}: that cannot be a bucket's name") from error
     except botocore.exceptions.NoCredentialsError as error:
         raise UserError(f"{where}: no S3 keys: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from error
     except (botocore.exceptions.EndpointConnectionError, aiohttp.ClientConnectorError) as error:

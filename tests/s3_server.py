@@ -3,8 +3,8 @@
     .venv-s3/bin/python tests/s3_server.py --dir DIR [--port N] -- CMD ...
 
 runs CMD with the AWS_* variables set and the bucket `maestream` made, stops the server, and exits with CMD's
-status. Without CMD it prints export lines, then `ready`, and runs until SIGTERM or Ctrl-C. What is stored stays
-in DIR for the next start. Linux only; .venv-s3 is a venv with requirements-s3.lock and nothing else.
+status. Without CMD it prints export lines, then `ready`, and runs until SIGTERM or Ctrl-C. What is stored
+stays in DIR for the next start. Linux only; .venv-s3 is a venv of what requirements-s3.lock names.
 """
 
 import argparse
@@ -30,63 +30,9 @@ STORAGE = ("account", "container", "object")  # the servers that keep data; the 
 START_SECONDS, STOP_SECONDS = 30, 10
 OVERRIDES = ("AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_ENDPOINT_URL_S3")  # the caller's would beat what we set
 
-LAUNCHER = os.getpid()
-LIBC = ctypes.CDLL(None)
-PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
-
-SERVER_CONF = """\
-[DEFAULT]
-bind_ip = {host}
-bind_port = {port}
-user = {user}
-swift_dir = {folder}/etc
-devices = {folder}/devices
-recon_cache_path = {folder}/etc
-mount_check = false
-disable_fallocate = true
-# No forks: each server is one process, which dies with the launcher.
-workers = 0
-# The log is stderr. Port 9 discards what would go to the machine's syslog as well.
-log_level = WARNING
-log_udp_host = {host}
-log_udp_port = 9
-# A busy machine is slow, not broken, and no daemon here repairs later what a time-out left half done: with the
-# usual 1 s for the container update, an object could be stored and never be listed.
-conn_timeout = 10
-node_timeout = 60
-container_update_timeout = 60
-error_suppression_limit = 1000000000
-# Large chunks, and files left in the page cache: several times faster than the defaults.
-disk_chunk_size = 1048576
-network_chunk_size = 1048576
-object_chunk_size = 1048576
-client_chunk_size = 1048576
-keep_cache_size = 1099511627776
-keep_cache_private = true
-[app:{name}-server]
-use = egg:swift#{name}
-account_autocreate = true
-[pipeline:main]
-"""
-
-# slo is for multipart uploads. Swift adds by itself what every proxy must have, such as copy.
-PROXY_PIPELINE = f"""\
-pipeline = s3api tempauth slo proxy-server
-[filter:s3api]
-use = egg:swift#s3api
-location = {REGION}
-[filter:tempauth]
-use = egg:swift#tempauth
-user_{ACCESS_KEY.replace(":", "_")} = {SECRET_KEY} .admin
-[filter:slo]
-use = egg:swift#slo
-"""
+LAUNCHER, LIBC, PR_SET_PDEATHSIG = os.getpid(), ctypes.CDLL(None), 1  # the 1: <sys/prctl.h>
 
 Processes = dict[str, subprocess.Popen[bytes]]
-
-
-class ServerError(Exception):
-    """The server does not run; the message says why."""
 
 
 def choose_ports(proxy_port: int) -> dict[str, int]:
@@ -97,6 +43,46 @@ def choose_ports(proxy_port: int) -> dict[str, int]:
         return {name: sock.getsockname()[1] for name, sock in sockets.items()}
 
 
+def config(name: str, port: int, folder: Path) -> str:
+    """The same for all but name, port and pipeline; each server takes what concerns it."""
+    # slo is for multipart uploads. Swift adds by itself what every proxy must have, such as copy.
+    pipeline = "s3api tempauth slo proxy-server" if name == "proxy" else f"{name}-server"
+    return f"""\
+[DEFAULT]
+bind_ip = {HOST}
+bind_port = {port}
+user = {pwd.getpwuid(os.getuid()).pw_name}
+swift_dir = {folder}/etc
+devices = {folder}/devices
+mount_check = false
+# No forks: each server is one process, which dies with the launcher.
+workers = 0
+# The log is stderr; port 9 discards what would go to the syslog as well.
+log_level = WARNING
+log_udp_host = {HOST}
+log_udp_port = 9
+# A busy machine is slow, not broken, and no daemon here repairs later what a time-out left half done: with
+# the usual 1 s for the container update, an object could be stored and never be listed.
+conn_timeout = 10
+node_timeout = 60
+container_update_timeout = 60
+error_suppression_limit = 1000000000
+[pipeline:main]
+pipeline = {pipeline}
+[app:{name}-server]
+use = egg:swift#{name}
+account_autocreate = true
+[filter:s3api]
+use = egg:swift#s3api
+location = {REGION}
+[filter:tempauth]
+use = egg:swift#tempauth
+user_{ACCESS_KEY.replace(":", "_")} = {SECRET_KEY} .admin
+[filter:slo]
+use = egg:swift#slo
+"""
+
+
 def write_config(folder: Path, ports: dict[str, int]) -> None:
     """DIR/etc: swift.conf, a conf for each server, and for each that keeps data a ring of one device."""
     from swift.common.ring import RingBuilder  # here, so that other venvs can import the constants above
@@ -104,12 +90,10 @@ def write_config(folder: Path, ports: dict[str, int]) -> None:
     for name in ("etc", "log", "devices/disk"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     os.setxattr(folder, "user.maestream", b"")  # Swift needs them: on a file system without, fail now
-    etc, user = folder / "etc", pwd.getpwuid(os.getuid()).pw_name
+    etc = folder / "etc"
     (etc / "swift.conf").write_text("[swift-hash]\nswift_hash_path_prefix = maestream\n")
     for name, port in ports.items():
-        conf = SERVER_CONF.format(host=HOST, port=port, user=user, folder=folder, name=name)
-        pipeline = PROXY_PIPELINE if name == "proxy" else f"pipeline = {name}-server\n"
-        (etc / f"{name}.conf").write_text(conf + pipeline)
+        (etc / f"{name}.conf").write_text(config(name, port, folder))
     for name in STORAGE:
         ring = RingBuilder(part_power=4, replicas=1, min_part_hours=0)
         ring.add_dev({"region": 1, "zone": 1, "ip": HOST, "port": ports[name], "device": "disk", "weight": 1})
@@ -125,15 +109,17 @@ def die_with_launcher() -> None:
 
 
 def start(name: str, folder: Path) -> subprocess.Popen[bytes]:
-    """One of Swift's servers, in a session of its own: Ctrl-C is for the launcher, which stops them in order."""
-    program = Path(sys.executable).with_name(f"swift-{name}-server")
-    command = [sys.executable, program, folder / "etc" / f"{name}.conf", "--verbose"]  # verbose: log to stderr
+    """One of Swift's servers. In a session of its own: Ctrl-C is for us, who stop them in order."""
+    program = str(Path(sys.executable).with_name(f"swift-{name}-server"))
+    command = [sys.executable, program, f"{folder}/etc/{name}.conf", "--verbose"]  # verbose: logs to stderr
     with (folder / "log" / f"{name}.log").open("wb") as log:
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                start_new_session=True, preexec_fn=die_with_launcher)  # fmt: skip
+        return subprocess.Popen(
+            command, stdout=log, stderr=log, start_new_session=True, preexec_fn=die_with_launcher
+        )
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM, then SIGKILL if that has not helped."""
     process.terminate()
     try:
         process.wait(STOP_SECONDS)
@@ -142,47 +128,51 @@ def stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def check(servers: Processes) -> None:
+def check(servers: Processes, folder: Path) -> None:
+    """Exits with a message if a server has ended."""
     for name, process in servers.items():
         if process.poll() is not None:
-            raise ServerError(f"the {name} server ended with status {process.returncode}")
+            log = folder / "log" / f"{name}.log"
+            sys.exit(f"s3_server: the {name} server ended with status {process.returncode}, see {log}")
 
 
-def wait_until_listening(servers: Processes, ports: dict[str, int]) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    for name, port in ports.items():
-        while True:
-            check(servers)
-            with socket.socket() as sock:
-                if sock.connect_ex((HOST, port)) == 0:
-                    break
-            if time.monotonic() > deadline:
-                raise ServerError(f"the {name} server is not up after {START_SECONDS} s")
-            time.sleep(0.05)
+def is_listening(port: int) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex((HOST, port)) == 0
 
 
-def create_bucket(port: int) -> None:
-    """Signed the older way, which Swift takes as well as the newer and which is three lines."""
+def put_bucket(port: int) -> int:
+    """The status. Signed the older way, which Swift takes as well as the newer and which is three lines."""
     date = formatdate(usegmt=True)
     digest = hmac.digest(SECRET_KEY.encode(), f"PUT\n\n\n{date}\n/{BUCKET}".encode(), "sha1")
     authorization = f"AWS {ACCESS_KEY}:{base64.b64encode(digest).decode()}"
-    with contextlib.closing(http.client.HTTPConnection(HOST, port, timeout=START_SECONDS)) as connection:
-        connection.request("PUT", f"/{BUCKET}", headers={"Date": date, "Authorization": authorization})
-        status = connection.getresponse().status
+    connection = http.client.HTTPConnection(HOST, port, timeout=START_SECONDS)
+    connection.request("PUT", f"/{BUCKET}", headers={"Date": date, "Authorization": authorization})
+    return connection.getresponse().status
+
+
+def wait_until_up(servers: Processes, ports: dict[str, int], folder: Path) -> None:
+    """Until all listen and the bucket is there. Exits with a message if that fails."""
+    deadline = time.monotonic() + START_SECONDS
+    while down := [name for name in servers if not is_listening(ports[name])]:
+        check(servers, folder)
+        if time.monotonic() > deadline:
+            sys.exit(f"s3_server: after {START_SECONDS} s not up: {', '.join(down)}; see {folder}/log")
+        time.sleep(0.05)
+    status = put_bucket(ports["proxy"])
     if status not in (200, 409):  # 409: it is there from an earlier start
-        raise ServerError(f"bucket {BUCKET} cannot be created: status {status}")
+        sys.exit(f"s3_server: bucket {BUCKET} not created, status {status}; see {folder}/log")
 
 
 def serve(folder: Path, port: int, command: list[str]) -> int:
-    """The command's exit status as a shell gives it. Does not return without a command."""
-    with contextlib.ExitStack() as stack:  # stops the command, then the proxy, then the others
+    """The command's exit status as a shell gives it. Without a command, until a signal."""
+    with contextlib.ExitStack() as stack:  # at the end it stops the command, the proxy, then the others
         ports, servers = choose_ports(port), Processes()
         write_config(folder, ports)
         for name in ports:
             servers[name] = start(name, folder)
             stack.callback(stop, servers[name])
-        wait_until_listening(servers, ports)
-        create_bucket(ports["proxy"])
+        wait_until_up(servers, ports, folder)
         environment = {
             "AWS_ENDPOINT_URL": f"http://{HOST}:{ports['proxy']}",
             "AWS_ACCESS_KEY_ID": ACCESS_KEY,
@@ -200,26 +190,25 @@ def serve(folder: Path, port: int, command: list[str]) -> int:
             exports = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
             print(f"unset {' '.join(OVERRIDES)}", *exports, "ready", sep="\n", flush=True)
         while process is None or process.poll() is None:
-            check(servers)
+            check(servers, folder)
             time.sleep(0.05)
         return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
 
 def main() -> int:
+    """The exit status: the command's, or 1 with one message if the server does not run."""
     parser = argparse.ArgumentParser(description="Run CMD beside a real S3 server on loopback.")
     parser.add_argument("--dir", type=Path, required=True, help="for data, config and logs; made if missing")
     parser.add_argument("--port", type=int, default=0, help="default: a free one")
     parser.add_argument("command", nargs="*", metavar="CMD", help="after --; none: serve until SIGTERM")
     args = parser.parse_args()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))  # unwinds, and so stops the children
     folder = args.dir.resolve()
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # unwinds, and so stops the children
     try:
         return serve(folder, args.port, args.command)
-    except (ServerError, OSError, http.client.HTTPException) as error:
-        print(f"s3_server: {error}; logs: {folder}/log", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    except (OSError, ImportError) as error:  # the folder, the port, the command; another venv's interpreter
+        sys.exit(f"s3_server: {error}; logs, if it came that far: {folder}/log")
 
 
 if __name__ == "__main__":

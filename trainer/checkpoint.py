@@ -1,9 +1,9 @@
 """Checkpoints: RUN/checkpoints/step-00001234/, written by rank 0 on a background thread.
 
-    model.safetensors      the state dict, under the authors' names
-    optimizer.safetensors  "<parameter>/<state>", for every parameter that is trained
-    state.json             step, run id, dataset fingerprint, attempt, config
-    COMMITTED              written last: a checkpoint is committed when it is there
+model.safetensors      the state dict, under the authors' names
+optimizer.safetensors  "<parameter>/<state>", for every parameter that is trained
+state.json             step, run id, dataset fingerprint, attempt, config
+COMMITTED              written last: a checkpoint is committed when it is there
 """
 
 import json
@@ -31,7 +31,9 @@ def _folder(step: int) -> str:
 def committed_steps(store: Store) -> list[int]:
     """Steps of the committed checkpoints, oldest first."""
     names = store.names(FOLDER)
-    return sorted(int(name.split("/")[1].removeprefix("step-")) for name in names if name.endswith(f"/{MARKER}"))
+    return sorted(
+        int(name.split("/")[1].removeprefix("step-")) for name in names if name.endswith(f"/{MARKER}")
+    )
 
 
 class Checkpointer:
@@ -72,7 +74,7 @@ class Checkpointer:
     def _write(self, step: int, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor]) -> None:
         try:
             store, folder = self.run.store, _folder(step)
-            store.remove([name for name in store.names(folder)])  # of an attempt that died here
+            store.remove(store.names(folder))  # of an attempt that died here
             for name, tensors in (("model", weights), ("optimizer", moments)):
                 with store.staging(f"{folder}/{name}.safetensors") as path:
                     save_file(tensors, path)
@@ -96,7 +98,9 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str, str, torch.Tensor]]:
+def _optimizer_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> list[tuple[str, str, torch.Tensor]]:
     return [
         (name, key, tensor)
         for name, parameter in model.named_parameters()
@@ -143,4 +147,6 @@ def check_state(store: Store, step: int, run: Run, fingerprint: str, config: Pre
                 "written by this run; remove it, or choose another --out"
             )
     if state["config"]["model"] != config.model.model_dump():
-        raise UserError(f"{store.describe(_folder(step))} is of another model than {store.describe('config.yaml')}")
+        raise UserError(
+            f"{store.describe(_folder(step))} is of another model than {store.describe('config.yaml')}"
+        )

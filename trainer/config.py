@@ -52,9 +52,13 @@ class ModelConfig(_Config):
             raise ValueError(f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
         for width, heads in (("width", "heads"), ("decoder_width", "decoder_heads")):
             if getattr(self, width) % getattr(self, heads):
-                raise ValueError(f"{width} {getattr(self, width)} is not divisible by {heads} {getattr(self, heads)}")
+                raise ValueError(
+                    f"{width} {getattr(self, width)} is not divisible by {heads} {getattr(self, heads)}"
+                )
             if getattr(self, width) % 4:
-                raise ValueError(f"{width} {getattr(self, width)} is not divisible by 4 (2-D sin-cos positions)")
+                raise ValueError(
+                    f"{width} {getattr(self, width)} is not divisible by 4 (2-D sin-cos positions)"
+                )
         if self.kept < 1:
             raise ValueError(f"mask_ratio {self.mask_ratio} leaves no patch to see")
         return self
@@ -104,7 +108,15 @@ class PretrainConfig(_Config):
 
 
 # What may differ when a run is resumed: how it is run, not what it computes.
-FREE_ON_RESUME = ("workers", "micro_batch", "log_every", "checkpoint", "data.decoder", "data.threads", "data.memory_gb")
+FREE_ON_RESUME = (
+    "workers",
+    "micro_batch",
+    "log_every",
+    "checkpoint",
+    "data.decoder",
+    "data.threads",
+    "data.memory_gb",
+)
 
 C = TypeVar("C", bound=_Config)
 

@@ -25,6 +25,9 @@ class Masking(NamedTuple):
 class MAE(nn.Module):
     """Parameter names are the authors', so that their checkpoints load."""
 
+    pixel_mean: torch.Tensor
+    pixel_std: torch.Tensor
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
@@ -84,7 +87,9 @@ class MAE(nn.Module):
 
     def encode(self, patches: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         """Patches [n, L, p · p · 3], of which those at `keep` [n, K] are seen → [n, 1 + K, width]."""
-        x = self.patch_embed(_take(patches, keep)) + _take(self.pos_embed[:, 1:].expand(len(keep), -1, -1), keep)
+        x = self.patch_embed(_take(patches, keep)) + _take(
+            self.pos_embed[:, 1:].expand(len(keep), -1, -1), keep
+        )
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
         x = torch.cat([cls, x], dim=1)
         for block in self.blocks:
@@ -92,7 +97,7 @@ class MAE(nn.Module):
         return self.norm(x)
 
     def decode(self, latent: torch.Tensor, restore: torch.Tensor) -> torch.Tensor:
-        """Latent [n, 1 + K, width] → decoder tokens of all patches, in their places: [n, L, decoder_width]."""
+        """Latent [n, 1 + K, width] → decoder tokens of all patches, in place: [n, L, decoder_width]."""
         x = self.decoder_embed(latent)
         masked = self.mask_token.expand(len(x), self.patches - self.kept, -1)
         x = torch.cat([x[:, :1], _take(torch.cat([x[:, 1:], masked.to(x.dtype)], dim=1), restore)], dim=1)
@@ -125,7 +130,7 @@ class MAE(nn.Module):
         return (prediction - target).square().mean(dim=(1, 2))
 
     def predict(self, images: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The prediction for every patch, in target space, [n, L, p · p · 3], and which are masked, bool[n, L]."""
+        """Every patch predicted, in target space: [n, L, p · p · 3]; and which are masked: bool[n, L]."""
         patches = self.patchify(self.normalise(images) if images.dtype == torch.uint8 else images)
         masking = self.masking(noise)
         prediction = self.decoder_pred(self.decode(self.encode(patches, masking.keep), masking.restore))

@@ -34,7 +34,9 @@ class Metrics:
         self.tensorboard = self._open()
 
     def _open(self) -> SummaryWriter:
-        return SummaryWriter(str(self.events), filename_suffix=f".attempt{self.run.attempt:04d}", flush_secs=30)
+        return SummaryWriter(
+            str(self.events), filename_suffix=f".attempt{self.run.attempt:04d}", flush_secs=30
+        )
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Add rows, a step each."""

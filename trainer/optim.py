@@ -19,7 +19,9 @@ def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), fused=True)
 
 
-def learning_rate(step: int, total_steps: int, steps_per_epoch: int, global_batch: int, config: OptimConfig) -> float:
+def learning_rate(
+    step: int, total_steps: int, steps_per_epoch: int, global_batch: int, config: OptimConfig
+) -> float:
     """Linear warm-up from 0, then half a cosine to `min_lr`, at every step (paper, Table 8).
 
     The peak is blr · global batch / 256 (the linear rule of Goyal et al. 2017).

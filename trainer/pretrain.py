@@ -4,10 +4,10 @@ Whatever the world size, step t trains on the same samples with the same weight 
 is the sum over its samples times W / B, so that the mean over workers is the mean over the global batch.
 """
 
-import contextlib
 import math
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +51,9 @@ def pretrain(config: PretrainConfig, dataset: Dataset, run: Run) -> None:
     dtype = torch.float64 if config.precision == "float64" else torch.float32
     model = MAE(config.model).to(run.device, dtype)
     optimizer = adamw(model, config.optim)
-    trained: nn.Module = DistributedDataParallel(model, broadcast_buffers=False) if run.world_size > 1 else model
+    trained: nn.Module = (
+        DistributedDataParallel(model, broadcast_buffers=False) if run.world_size > 1 else model
+    )
 
     # ---- where we are
     order = make_order(config, dataset)
@@ -75,7 +77,9 @@ def pretrain(config: PretrainConfig, dataset: Dataset, run: Run) -> None:
 
     def picture(step: int) -> None:
         assert sitters is not None
-        result = reconstruct(model, sitters.images.to(run.device), sitters.sample_ids.to(run.device), config.seed)
+        result = reconstruct(
+            model, sitters.images.to(run.device), sitters.sample_ids.to(run.device), config.seed
+        )
         run.store.write(f"pictures/step-{step:08d}.png", draw_grid(result))
 
     if leads and start == 0:
@@ -102,8 +106,8 @@ def pretrain(config: PretrainConfig, dataset: Dataset, run: Run) -> None:
         for seen, loss in zip(pending, losses, strict=True):
             if not math.isfinite(loss):
                 raise UserError(
-                    f"the loss is {loss} at step {seen.step} (epoch {seen.epoch}); nothing was written since the "
-                    f"commit before. Start a new run with a lower optim.blr or a longer warm-up"
+                    f"the loss is {loss} at step {seen.step} (epoch {seen.epoch}); nothing was committed since "
+                    "before it. Start a new run with a lower optim.blr or a longer warm-up"
                 )
         if metrics is not None:
             now = time.perf_counter()
@@ -148,15 +152,18 @@ def train_step(
     many of its samples are bad."""
     bf16 = config.precision == "bf16" or (config.precision == "auto" and run.device.type == "cuda")
     micro_batches = list(
-        zip(*(t.split(config.micro_batch) for t in (batch.images, batch.sample_ids, batch.weights)), strict=True)
+        zip(
+            *(t.split(config.micro_batch) for t in (batch.images, batch.sample_ids, batch.weights)),
+            strict=True,
+        )
     )
     total = torch.zeros((), dtype=torch.float64, device=run.device)
     for i, (images, ids, weights) in enumerate(micro_batches):
         images, ids, weights = (t.to(run.device, non_blocking=True) for t in (images, ids, weights))
         noise = mask_noise(config.seed, batch.epoch, ids, config.model.patches)
         # Gradients are averaged over the workers once, with the last micro-batch.
-        early = isinstance(model, DistributedDataParallel) and i + 1 < len(micro_batches)
-        with model.no_sync() if early else contextlib.nullcontext():
+        early = i + 1 < len(micro_batches)
+        with model.no_sync() if early and isinstance(model, DistributedDataParallel) else nullcontext():
             with torch.autocast(run.device.type, torch.bfloat16, enabled=bf16):
                 loss = (model(images, noise) * weights).sum()
             (loss * (run.world_size / config.global_batch)).backward()
@@ -166,9 +173,7 @@ def train_step(
     return torch.stack([total, (batch.weights == 0).sum().to(total)])
 
 
-def gather(
-    pending: list[Pending], global_batch: int, run: Run
-) -> tuple[list[float], list[int]]:
+def gather(pending: list[Pending], global_batch: int, run: Run) -> tuple[list[float], list[int]]:
     """The global loss and the number of bad samples of each pending step, the same on every rank."""
     sums = torch.stack([seen.sums for seen in pending])
     if run.world_size > 1:

@@ -83,7 +83,7 @@ def evenly_spread(dataset: Dataset, decoder: Decoder, count: int) -> Batch:
 def draw_grid(result: Reconstruction, columns: int = 2, rows: int = 6) -> bytes:
     """PNG of the first images, `columns` triples (original, masked, reconstruction) side by side."""
     n = min(len(result.originals), columns * rows)
-    size, gap, head = result.originals.shape[-1], 4, 18
+    size, gap, head = max(result.originals.shape[-1], 160), 4, 18
     columns = min(columns, n)
     triple = 3 * (size + gap) + 3 * gap
     sheet = Image.new("RGB", (columns * triple + gap, head + -(-n // columns) * (size + gap)), "white")
@@ -92,9 +92,11 @@ def draw_grid(result: Reconstruction, columns: int = 2, rows: int = 6) -> bytes:
         left, top = gap + (i % columns) * triple, head + (i // columns) * (size + gap)
         for k, images in enumerate((result.originals, result.masked, result.pasted)):
             picture = Image.fromarray(images[i].permute(1, 2, 0).contiguous().numpy())
-            sheet.paste(picture, (left + k * (size + gap), top))
+            sheet.paste(picture.resize((size, size)), (left + k * (size + gap), top))
             if i < columns:
-                draw.text((left + k * (size + gap), 3), ("original", "masked", "reconstruction")[k], fill="black")
+                draw.text(
+                    (left + k * (size + gap), 3), ("original", "masked", "reconstruction")[k], fill="black"
+                )
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     return buffer.getvalue()

@@ -1,10 +1,10 @@
 """A run and its folder: who it is, what was fixed when it first started, and this worker's place in it.
 
-    RUN/config.yaml          the config, with B, V, K as fixed
-    RUN/run.json             run id, dataset fingerprint, the newest attempt
-    RUN/metrics.jsonl        a row a step (on object stores: RUN/metrics/, see trainer.metrics)
-    RUN/checkpoints/step-…/  see trainer.checkpoint
-    RUN/tensorboard/  RUN/pictures/
+RUN/config.yaml          the config, with B, V, K as fixed
+RUN/run.json             run id, dataset fingerprint, the newest attempt
+RUN/metrics.jsonl        a row a step (on object stores: RUN/metrics/, see trainer.metrics)
+RUN/checkpoints/step-…/  see trainer.checkpoint
+RUN/tensorboard/  RUN/pictures/
 """
 
 import json
@@ -20,7 +20,7 @@ from pipeline.cache import CHUNK_BYTES
 from pipeline.errors import UserError
 from pipeline.manifest import Dataset
 from pipeline.order import Order, default_block, default_lanes
-from pipeline.storage import Store, open_store
+from pipeline.storage import FIRST_DEADLINE_S, Store, open_store
 from trainer.config import PretrainConfig, differences, dump_config, parse_config
 
 CONFIG = "config.yaml"
@@ -45,7 +45,9 @@ def fix_order(config: PretrainConfig, dataset: Dataset) -> PretrainConfig:
     lanes = config.data.lanes or default_lanes(config.global_batch)
     memory = int(config.data.memory_gb * 2**30)
     block = config.data.block or default_block(lanes, dataset.mean_sample_bytes, CHUNK_BYTES, memory)
-    fixed = config.model_copy(update={"data": config.data.model_copy(update={"lanes": lanes, "block": block})})
+    fixed = config.model_copy(
+        update={"data": config.data.model_copy(update={"lanes": lanes, "block": block})}
+    )
     make_order(fixed, dataset).lanes_of(0, config.workers)
     return fixed
 
@@ -54,7 +56,9 @@ def make_order(config: PretrainConfig, dataset: Dataset) -> Order:
     """The order of a config whose lanes and block are fixed."""
     assert config.data.lanes is not None
     assert config.data.block is not None
-    return Order(dataset.shard_samples, config.seed, config.global_batch, config.data.lanes, config.data.block)
+    return Order(
+        dataset.shard_samples, config.seed, config.global_batch, config.data.lanes, config.data.block
+    )
 
 
 def open_run(url: str, config: PretrainConfig, dataset: Dataset) -> tuple[PretrainConfig, Run]:
@@ -65,7 +69,7 @@ def open_run(url: str, config: PretrainConfig, dataset: Dataset) -> tuple[Pretra
     """
     store = open_store(url)
     try:
-        known = json.loads(store.read(RUN))
+        known = json.loads(store.read(RUN, FIRST_DEADLINE_S))
     except FileNotFoundError:
         return _new_run(store, config, dataset)
     except (ValueError, NotADirectoryError) as error:
@@ -79,7 +83,10 @@ def open_run(url: str, config: PretrainConfig, dataset: Dataset) -> tuple[Pretra
     fixed = config.model_copy(
         update={
             "data": config.data.model_copy(
-                update={"lanes": config.data.lanes or before.data.lanes, "block": config.data.block or before.data.block}
+                update={
+                    "lanes": config.data.lanes or before.data.lanes,
+                    "block": config.data.block or before.data.block,
+                }
             )
         }
     )
@@ -112,7 +119,7 @@ def _write(run: Run, dataset: Dataset) -> None:
 def read_config(store: Store) -> PretrainConfig:
     """The config a run was started with."""
     try:
-        tree = yaml.safe_load(store.read(CONFIG))
+        tree = yaml.safe_load(store.read(CONFIG, FIRST_DEADLINE_S))
     except FileNotFoundError:
         raise UserError(f"{store.url} is not a run: it has no {CONFIG}") from None
     except (NotADirectoryError, yaml.YAMLError) as error:

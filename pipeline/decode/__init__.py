@@ -47,7 +47,9 @@ def make_decoder(name: DecoderName, size: int, threads: int) -> Decoder:
     """
     if name == "dali":
         if importlib.util.find_spec("nvidia.dali") is None:
-            raise UserError("data.decoder=dali, but DALI is not installed: it exists for linux x86_64 alone; use pillow")
+            raise UserError(
+                "data.decoder=dali, but DALI is not installed: it exists for linux x86_64 alone; use pillow"
+            )
         from pipeline.decode.dali import DaliDecoder
 
         return DaliDecoder(size, threads)

@@ -55,7 +55,9 @@ class DaliDecoder:
                 try:
                     self._run(encoded, boxes, flips, everything[i : i + 1])
                 except RuntimeError as error:
-                    bad[int(i)] = "DALI: " + str(error).partition("encountered:")[2].strip().partition("\n")[0]
+                    bad[int(i)] = (
+                        "DALI: " + str(error).partition("encountered:")[2].strip().partition("\n")[0]
+                    )
             good = np.setdiff1d(everything, list(bad))
             images = torch.zeros((len(encoded), 3, self.size, self.size), dtype=torch.uint8)
             if len(good):
@@ -69,7 +71,7 @@ class DaliDecoder:
         flips: npt.NDArray[np.bool_],
         chosen: npt.NDArray[np.int64],
     ) -> torch.Tensor:
-        """uint8[len(chosen), 3, size, size]. RuntimeError if one does not decode; the pipeline is gone then."""
+        """uint8[len(chosen), 3, size, size]. RuntimeError, and no pipeline any more, if one is bad."""
         graph = self._ready(len(chosen))
         try:
             graph.feed_input("encoded", [np.frombuffer(encoded[i], np.uint8) for i in chosen])

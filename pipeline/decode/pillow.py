@@ -26,7 +26,7 @@ class PillowDecoder:
 
         def decode(i: int) -> str | None:
             try:
-                images[i] = self._crop(encoded[i], *boxes[i].tolist(), flip=bool(flips[i]))
+                images[i] = np.asarray(self._crop(encoded[i], *boxes[i].tolist(), flip=bool(flips[i])))
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                 images[i] = 0
                 return str(error) or type(error).__name__

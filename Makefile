@@ -1,0 +1,64 @@
+# make demo | test | soak | setup; each does its own set-up in .venv. STORE=s3 runs the demo on a local S3.
+PYTHON ?= python3
+BIN := .venv/bin
+STORE ?= local
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+PILLOW := pillow==13.0.0
+pinned = $(shell grep -o '^$(1)==[^ ;]*' requirements.lock)
+DALI_HOST := sys_platform == "linux" and platform_machine == "x86_64"
+
+.PHONY: setup test check soak demo s3 lock
+
+setup: .venv/.ready
+
+# Torch comes first and with its dependencies, which differ by build (CPU, CUDA); all else is in the lock.
+# Pillow and pillow-simd own the same folder, so nothing may bring the other in: hence --no-deps.
+.venv/.ready: requirements.lock pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("maestream needs Python 3.11 or newer: make PYTHON=python3.11")'
+	@echo "setting up .venv (a few minutes the first time)"
+	@$(PYTHON) -m venv .venv || { echo "make: no Python venv module (Debian: apt-get install python3-venv)"; exit 1; }
+	@$(BIN)/pip install -qq $(call pinned,torch)
+	@grep -v -E '^(torch|pillow-simd)==' requirements.lock | $(BIN)/pip install -qq --no-deps -r /dev/stdin
+	@$(MAKE) --no-print-directory .venv/.pillow
+	@$(BIN)/pip install -qq --no-deps --no-build-isolation -e .
+	@touch $@
+
+.PHONY: .venv/.pillow
+.venv/.pillow:
+	@if [ "$$(uname -sm)" != "Linux x86_64" ]; then $(BIN)/pip install -qq $(PILLOW); exit; fi; \
+	simd() { $(BIN)/pip install -qq --no-deps --no-binary :all: $(call pinned,pillow-simd) >.venv/pillow-simd.log 2>&1; }; \
+	headers() { [ "$$(id -u)" = 0 ] && command -v apt-get && apt-get update && \
+	    DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends gcc libc6-dev libjpeg-dev zlib1g-dev; }; \
+	simd || { headers >.venv/apt.log 2>&1 && simd; } || { \
+	    echo "pillow-simd does not build here (libjpeg or zlib headers missing? see .venv/pillow-simd.log): using Pillow, which is slower"; \
+	    $(BIN)/pip install -qq --no-deps $(PILLOW); }
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check s3
+	$(BIN)/pytest -m "not soak"
+
+soak: setup s3
+	$(BIN)/pytest -m soak
+
+# OpenStack Swift, the S3 server of tests and demo, in an environment of its own.
+s3: .venv-s3/.ready
+.venv-s3/.ready: requirements-s3.lock
+	@$(PYTHON) -m venv .venv-s3
+	@.venv-s3/bin/pip install -qq --no-deps -r requirements-s3.lock
+	@touch $@
+
+demo: setup $(if $(filter s3,$(STORE)),s3)
+	@STORE=$(STORE) bash demo.sh
+
+# Renew the pins. Torch is pinned without its build's suffix, so that any build of that version will do.
+lock: setup
+	$(BIN)/pip-compile -q --extra dev --strip-extras --allow-unsafe --no-emit-index-url --no-emit-find-links \
+	    --no-emit-options --annotation-style=line -o requirements.lock pyproject.toml
+	sed -i -e 's/^\(torch==[0-9.]*\)+cpu/\1/' -e '/^nvidia-[^;]*$$/s/  *#/ ; $(DALI_HOST)  #/' requirements.lock

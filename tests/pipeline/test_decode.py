@@ -1,0 +1,93 @@
+"""Every executor makes the same crops of the same boxes, and gives up on the same images."""
+
+import io
+
+import numpy as np
+import pytest
+from conftest import IMAGENET_SAMPLE
+from PIL import Image
+
+from pipeline.augment import random_flips, random_resized_crops
+from pipeline.decode import Decoder, make_decoder
+from pipeline.scenes import draw_scene
+
+SIZE = 96
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(params=["pillow", "dali"])
+def decoder(request: pytest.FixtureRequest) -> Decoder:
+    if request.param == "dali":
+        pytest.importorskip("nvidia.dali")
+    return make_decoder(request.param, SIZE, 2)
+
+
+def boxes_of(images: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    sizes = np.array([Image.open(io.BytesIO(image)).size for image in images])
+    ids = np.arange(len(images))
+    return random_resized_crops(0, 0, ids, sizes[:, 1], sizes[:, 0]), random_flips(0, 0, ids)
+
+
+def crop_by_hand(image: bytes, box: np.ndarray, flip: bool) -> np.ndarray:
+    y, x, h, w = box.tolist()
+    crop = Image.open(io.BytesIO(image)).convert("RGB").crop((x, y, x + w, y + h)).resize((SIZE, SIZE), 3)
+    return np.asarray(crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else crop).transpose(2, 0, 1)
+
+
+def test_crops_are_those_of_the_boxes(decoder: Decoder) -> None:
+    images = [draw_scene(0, i, i % 10) for i in range(12)]
+    if IMAGENET_SAMPLE.is_dir():
+        images += [path.read_bytes() for path in sorted(IMAGENET_SAMPLE.glob("*/*.JPEG"))[:60]]
+    boxes, flips = boxes_of(images)
+    decoded = decoder(images, boxes, flips)
+    assert decoded.bad == {}
+    assert tuple(decoded.images.shape) == (len(images), 3, SIZE, SIZE)
+    for i, image in enumerate(images):
+        expected = crop_by_hand(image, boxes[i], bool(flips[i])).astype(float)
+        assert abs(decoded.images[i].numpy() - expected).mean() < 2, i
+
+
+def test_batches_of_any_size_follow_each_other(decoder: Decoder) -> None:
+    images = [draw_scene(0, i, 0) for i in range(9)]
+    boxes, flips = boxes_of(images)
+    whole = decoder(images, boxes, flips).images
+    for n in (1, 4, 9, 2):
+        assert (decoder(images[:n], boxes[:n], flips[:n]).images == whole[:n]).all()
+
+
+def test_exif_orientation_is_ignored(decoder: Decoder) -> None:
+    image = Image.open(io.BytesIO(draw_scene(0, 0, 3)))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "rotate by 90°"
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=95, exif=exif)
+    boxes, flips = boxes_of([buffer.getvalue()])
+    decoded = decoder([buffer.getvalue()], boxes, flips)
+    expected = crop_by_hand(buffer.getvalue(), boxes[0], bool(flips[0])).astype(float)
+    assert abs(decoded.images[0].numpy() - expected).mean() < 2
+
+
+def test_bad_images_keep_their_place_and_do_not_spoil_the_others(decoder: Decoder) -> None:
+    images = [draw_scene(0, i, 0) for i in range(6)]
+    boxes, flips = boxes_of(images)
+    sound = decoder(images, boxes, flips).images
+    damaged = list(images)
+    damaged[1] = images[1][:3000]
+    damaged[4] = b"this is no image"
+    for _ in range(2):  # and the executor goes on
+        decoded = decoder(damaged, boxes, flips)
+        assert sorted(decoded.bad) == [1, 4]
+        assert all(decoded.bad.values())
+        good = [0, 2, 3, 5]
+        assert (decoded.images[good] == sound[good]).all()
+        assert (decoded.images[[1, 4]] == 0).all()
+    assert (decoder(images, boxes, flips).images == sound).all()
+
+
+def test_greyscale_becomes_rgb(decoder: Decoder) -> None:
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(draw_scene(0, 0, 3))).convert("L").save(buffer, "JPEG")
+    boxes, flips = boxes_of([buffer.getvalue()])
+    image = decoder([buffer.getvalue()], boxes, flips).images[0]
+    assert (image[0] == image[1]).all()
+    assert (image[0] == image[2]).all()

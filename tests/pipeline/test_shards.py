@@ -1,0 +1,218 @@
+"""Shards are plain WebDataset, a build is repeatable, and damage is found and named."""
+
+import io
+import json
+import random
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from conftest import build_dataset
+from PIL import Image
+
+from pipeline.errors import UserError
+from pipeline.manifest import Dataset, open_dataset
+from pipeline.scenes import draw_scene
+from pipeline.shards import build, verify
+from pipeline.sources import Item, Source, open_source
+from pipeline.storage import open_store
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three class folders with two images each, one of them a PNG."""
+    for label, name in enumerate(["ant", "bee", "cat"]):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(2):
+            (tmp_path / "images" / name / f"{name}.{i}.JPEG").write_bytes(draw_scene(0, 2 * label + i, label))
+    Image.open(io.BytesIO(draw_scene(1, 0, 0))).save(tmp_path / "images" / "ant" / "drawn.png")
+    return tmp_path / "images"
+
+
+def test_webdataset_alone_reads_every_image_and_label(folder: Path, tmp_path: Path) -> None:
+    dataset = build_dataset(str(folder), str(tmp_path / "out"), shard_bytes=150_000)
+    tars = [str(path) for path in sorted((tmp_path / "out").glob("*.tar"))]
+    assert len(tars) == dataset.manifest.shards > 1
+    found = {}
+    for sample in webdataset.WebDataset(tars, shardshuffle=False):
+        image = sample.get("jpg") or sample["png"]
+        found[sample["__key__"]] = (image, int(sample["cls"]))
+    expected = {
+        f"{path.parent.name}/{path.stem.replace('.', '_')}": (
+            path.read_bytes(),
+            ["ant", "bee", "cat"].index(path.parent.name),
+        )
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+    assert found == expected
+    assert dataset.manifest.classes == ["ant", "bee", "cat"]
+
+
+def test_the_index_says_where_each_image_lies(scenes: Dataset) -> None:
+    located = scenes.locate(np.arange(scenes.samples))
+    for i, key in enumerate(scenes.keys(np.arange(scenes.samples))):
+        name = scenes.shard_name(int(located.shard[i]))
+        image = scenes.store.read_range(name, int(located.offset[i]), int(located.size[i]))
+        with Image.open(io.BytesIO(image)) as opened:
+            assert opened.size == (located.width[i], located.height[i])
+        assert image == draw_scene(0, int(key.split("/")[1]), int(located.label[i]))
+
+
+def test_the_same_source_and_seed_give_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        build_dataset(str(folder), str(tmp_path / name), shard_bytes=150_000)
+    for path in (tmp_path / "a").rglob("*"):
+        if path.is_file():
+            assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes(), path
+    other = build_dataset(str(folder), str(tmp_path / "c"), seed=1)
+    assert other.fingerprint != open_dataset(str(tmp_path / "a")).fingerprint
+
+
+def test_a_copy_keeps_its_fingerprint(scenes: Dataset, tmp_path: Path) -> None:
+    shutil.copytree(scenes.store.root, tmp_path / "copy")
+    copy = open_dataset(str(tmp_path / "copy"))
+    assert copy.fingerprint == scenes.fingerprint
+    assert verify(copy) == []
+
+
+def test_flat_images_have_no_labels(tmp_path: Path) -> None:
+    for i in range(3):
+        (tmp_path / f"{i}.jpg").write_bytes(draw_scene(0, i, 0))
+    dataset = build_dataset(str(tmp_path), str(tmp_path.parent / "flat"))
+    assert dataset.locate([0, 1, 2]).label.tolist() == [-1, -1, -1]
+    assert dataset.manifest.classes == []
+    shutil.rmtree(tmp_path.parent / "flat")
+
+
+def test_a_truncated_image_is_left_out_and_named_or_stops_a_strict_build(
+    folder: Path, tmp_path: Path
+) -> None:
+    victim = folder / "bee" / "bee.0.JPEG"
+    victim.write_bytes(victim.read_bytes()[:5000])
+    (folder / "cat" / "not_an_image.jpg").write_text("hello")
+    built = build(open_source(str(folder)), open_store(str(tmp_path / "out")), shard_bytes=1 << 20)
+    assert built.manifest.samples == 6
+    assert sorted(line.partition(":")[0] for line in built.left_out) == [
+        "bee/bee.0.JPEG",
+        "cat/not_an_image.jpg",
+    ]
+    with pytest.raises(UserError, match=r"bee\.0\.JPEG|not_an_image"):
+        build(open_source(str(folder)), open_store(str(tmp_path / "strict")), shard_bytes=1 << 20, strict=True)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("at", [0, 1, 7, 13, 19])
+def test_a_killed_build_is_no_dataset_and_the_next_one_starts_clean(tmp_path: Path, at: int) -> None:
+    """Ends a build at its at-th image, and once more while it replaces a dataset."""
+    whole = open_source("synthetic:?count=20&classes=4")
+
+    def dying(item: Item) -> Item:
+        def load() -> bytes:
+            raise Killed
+
+        return Item(item.key, item.label, item.name, load)
+
+    broken = Source([*whole.items[:at], dying(whole.items[at]), *whole.items[at + 1 :]], whole.classes, "dying")
+    store = open_store(str(tmp_path / "out"))
+    for _ in range(2):
+        with pytest.raises(Killed):
+            build(broken, store, shard_bytes=300_000, overwrite=True)
+        with pytest.raises(UserError, match="begun and not finished"):
+            open_dataset(store.url)
+        build(whole, store, shard_bytes=200_000)
+        assert verify(open_dataset(store.url)) == []
+    clean = build_dataset("synthetic:?count=20&classes=4", str(tmp_path / "clean"), 200_000)
+    names = [sorted(open_store(d).names()) for d in (store.url, clean.store.url)]
+    assert names[0] == names[1]  # nothing is left of the builds that died
+
+
+def test_destinations_that_are_refused(folder: Path, scenes: Dataset, tmp_path: Path) -> None:
+    def to(dest: Path | str) -> None:
+        build(open_source(str(folder)), open_store(str(dest)), shard_bytes=1 << 20)
+
+    with pytest.raises(UserError, match="already has a dataset"):
+        to(scenes.store.root)
+    with pytest.raises(UserError, match="lies in the source itself"):
+        to(folder / "shards")
+    with pytest.raises(UserError, match="lies in the source itself"):
+        to(folder)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.txt").write_text("precious")
+    with pytest.raises(UserError, match="not empty and not a dataset"):
+        to(tmp_path / "thesis")
+    assert (tmp_path / "thesis" / "chapter1.txt").read_text() == "precious"
+
+
+def test_sources_that_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        open_source(str(tmp_path / "nothing"))
+    with pytest.raises(UserError, match="no images in it"):
+        open_source(str(tmp_path))
+    (tmp_path / "a").mkdir()
+    for name in ("a/x.jpg", "a/x.png"):
+        (tmp_path / name).write_bytes(draw_scene(0, 0, 0))
+    with pytest.raises(UserError, match="same key|both get the key"):
+        open_source(str(tmp_path))
+    (tmp_path / "flat.jpg").write_bytes(draw_scene(0, 0, 0))
+    with pytest.raises(UserError, match="both in class folders"):
+        open_source(str(tmp_path))
+    for url in ("synthetic:?count=0", "synthetic:?classes=99", "synthetic:?colour=red", "synthetic:?count=x"):
+        with pytest.raises(UserError, match="synthetic"):
+            open_source(url)
+
+
+def test_verify_finds_every_kind_of_damage(scenes: Dataset, tmp_path: Path) -> None:
+    rng = random.Random(0)
+    shutil.copytree(scenes.store.root, tmp_path / "copy")
+    dataset = open_dataset(str(tmp_path / "copy"))
+    shard = tmp_path / "copy" / dataset.shard_name(1)
+    sound = shard.read_bytes()
+    for at in rng.sample(range(len(sound)), 20):  # any flipped byte
+        shard.write_bytes(sound[:at] + bytes([sound[at] ^ 0x10]) + sound[at + 1 :])
+        assert any(shard.name in problem for problem in verify(dataset)), at
+    first = dataset.locate([int(dataset.shard_starts[1])])
+    at = int(first.offset[0]) + 100  # a byte of an image: the sample is named too
+    shard.write_bytes(sound[:at] + bytes([sound[at] ^ 1]) + sound[at + 1 :])
+    key = dataset.keys([int(dataset.shard_starts[1])])[0]
+    assert any(key in problem for problem in verify(dataset))
+    shard.write_bytes(sound[:-5000])
+    assert any("the manifest says" in problem for problem in verify(dataset))
+    shard.unlink()
+    assert verify(dataset) == [f"{shard.name}: missing"]
+
+
+def test_manifests_that_are_refused(scenes: Dataset, tmp_path: Path) -> None:
+    shutil.copytree(scenes.store.root, tmp_path / "copy")
+    manifest = tmp_path / "copy" / "manifest.json"
+    tree = json.loads(manifest.read_text())
+    for text, message in [
+        (json.dumps({**tree, "format_version": 99, "shape": "new"}), "use a newer maestream"),
+        ("{ not json", "is damaged"),
+        (json.dumps({"format_version": 1}), "is damaged"),
+        (json.dumps({**tree, "samples": 7}), "does not belong to"),
+    ]:
+        manifest.write_text(text)
+        with pytest.raises(UserError, match=message):
+            open_dataset(str(tmp_path / "copy"))
+    manifest.unlink()
+    with pytest.raises(UserError, match="not a dataset"):
+        open_dataset(str(tmp_path / "copy"))
+
+
+def test_keys_longer_than_a_tar_header_holds(tmp_path: Path) -> None:
+    name = "x" * 180
+    folder = tmp_path / "src" / ("d" * 120)
+    folder.mkdir(parents=True)
+    (folder / f"{name}.jpg").write_bytes(draw_scene(0, 0, 0))
+    dataset = build_dataset(str(tmp_path / "src"), str(tmp_path / "out"))
+    assert dataset.keys([0]) == [f"{'d' * 120}/{name}"]
+    with tarfile.open(tmp_path / "out" / dataset.shard_name(0)) as tar:
+        assert f"{'d' * 120}/{name}.jpg" in tar.getnames()
+    assert verify(dataset) == []
