@@ -5,6 +5,7 @@ reads, because s3fs does not retry a body that is cut. What only a person can me
 a wrong endpoint) becomes a `UserError` with a message that says what to do.
 """
 
+import errno
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -43,6 +44,8 @@ NOT_FAULTS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirecto
 
 
 def _is_fault(error: BaseException) -> bool:
+    if isinstance(error, OSError) and error.errno == errno.EINVAL:
+        return False  # what s3fs makes of a request that is wrong in itself
     return isinstance(error, FAULTS) and not isinstance(error, NOT_FAULTS)
 
 
@@ -73,7 +76,12 @@ class Store:
         """Exactly `size` bytes from byte `start`. FileNotFoundError, or ShortReadError past the end."""
 
         def attempt() -> bytes:
-            data = self.fs.cat_file(self.path(name), start=start, end=start + size)
+            try:
+                data = self.fs.cat_file(self.path(name), start=start, end=start + size)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                data = b""  # how s3fs says that the object ends before `start`
             if len(data) != size:
                 # A cut body is a fault and worth a retry; a file that ends here is not.
                 if start + size > self.size(name):
@@ -159,6 +167,8 @@ class Store:
 
 def open_store(url: str) -> Store:
     """A store for a local path or any URL fsspec knows (s3://bucket/prefix with the usual AWS variables)."""
+    if url.startswith("s3://") and not url.removeprefix("s3://").strip("/"):
+        raise UserError(f"{url} names no bucket: write s3://bucket/prefix")
     url = url.rstrip("/") or url
     if "://" not in url:
         url = os.path.abspath(os.path.expanduser(url))
@@ -166,8 +176,6 @@ def open_store(url: str) -> Store:
         fs, root = fsspec.core.url_to_fs(url, **(S3_OPTIONS if url.startswith("s3://") else {}))
     except (ValueError, ImportError) as error:
         raise UserError(f"{url}: {error}") from error
-    if url.startswith("s3://") and not root:
-        raise UserError(f"{url} names no bucket: write s3://bucket/prefix")
     return Store(url, fs, root)
 
 

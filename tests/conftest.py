@@ -1,7 +1,6 @@
 """What tests share: small real datasets, a real S3 server, and the command line as a user runs it."""
 
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -50,28 +49,24 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     assert server.stdout is not None
     before = dict(os.environ)
     try:
-        while (line := _line(server)) != "ready":
+        for line in server.stdout:  # it ends by itself if it does not come up
             words = line.split()
+            if words == ["ready"]:
+                break
             if words[0] == "export":
                 name, _, value = words[1].partition("=")
                 os.environ[name] = value.strip("'")
             else:
                 for name in words[1:]:
                     os.environ.pop(name, None)
+        else:
+            pytest.fail(f"the S3 server ended with {server.wait(5)}")
         yield "s3://maestream"
     finally:
         os.environ.clear()
         os.environ.update(before)
         server.send_signal(signal.SIGTERM)
         server.wait(30)
-
-
-def _line(server: "subprocess.Popen[str]") -> str:
-    assert server.stdout is not None
-    assert select.select([server.stdout], [], [], 40)[0], "the S3 server does not come up"
-    line = server.stdout.readline().strip()
-    assert line, f"the S3 server ended with {server.wait(5)}"
-    return line
 
 
 def maestream(*words: object, check: bool = True, **environment: str) -> "subprocess.CompletedProcess[str]":

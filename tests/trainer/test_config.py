@@ -1,0 +1,98 @@
+"""A config is typed, recipes have the paper's numbers, and a mistake is one clear message."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.errors import UserError
+from trainer.config import OptimConfig, PretrainConfig, differences, dump_config, load_config, parse_config
+from trainer.mae import MAE
+from trainer.optim import adamw, learning_rate
+
+RECIPES = sorted(Path("recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_loads_and_survives_a_round_trip(recipe: Path, tmp_path: Path) -> None:
+    config = load_config(PretrainConfig, recipe)
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert load_config(PretrainConfig, tmp_path / "config.yaml") == config
+
+
+def test_overrides_reach_any_depth() -> None:
+    config = load_config(
+        PretrainConfig, "recipes/pretrain_vit_base.yaml", ("optim.blr=1e-3", "model.norm_pix=false", "workers=7")
+    )
+    assert (config.optim.blr, config.model.norm_pix, config.workers, config.epochs) == (1e-3, False, 7, 800)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.blrr=1", "there is no key optim.blrr: did you mean blr?"),
+        ("globalbatch=1", "there is no key globalbatch: did you mean global_batch?"),
+        ("epochs=many", "epochs: Input should be a valid number"),
+        ("epochs=-1", "epochs: Input should be greater than 0, not -1"),
+        ("model.mask_ratio=1", "model.mask_ratio: Input should be less than 1"),
+        ("model.image_size=225", "image_size 225 is not divisible by patch_size 16"),
+        ("model.heads=7", "width 768 is not divisible by heads 7"),
+        ("data.decoder=opencv", "data.decoder: Input should be 'auto', 'pillow' or 'dali'"),
+        ("model=big", "model: Input should be a valid dictionary"),
+        ("seed.x=1", "seed.x: Extra inputs|seed: Input should be a valid integer|there is no key"),
+        ("optim.min_lr=.nan", "optim.min_lr: Input should be a finite number"),
+        ("epochs", "an override is key=value"),
+        ("epochs=[", "not YAML"),
+    ],
+)
+def test_a_mistake_is_one_clear_message(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        load_config(PretrainConfig, "recipes/pretrain_vit_base.yaml", (override,))
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_files_are_one_clear_message(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such config"):
+        load_config(PretrainConfig, tmp_path / "none.yaml")
+    for text in ("- a list", "key: [unclosed", "just text"):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(UserError, match=r"bad\.yaml"):
+            load_config(PretrainConfig, tmp_path / "bad.yaml")
+
+
+def test_what_may_differ_on_resume() -> None:
+    old = parse_config(PretrainConfig, {}, "old")
+    free = {"workers": 3, "log_every": 1, "checkpoint": {"keep": 9}, "data": {"decoder": "dali", "threads": 2}}
+    assert differences(old, parse_config(PretrainConfig, free, "new")) == []
+    fixed = {"seed": 1, "optim": {"blr": 1e-3}, "data": {"lanes": 2}}
+    assert differences(old, parse_config(PretrainConfig, fixed, "new")) == [
+        "seed: 0 → 1",
+        "optim.blr: 0.00015 → 0.001",
+        "data.lanes: None → 2",
+    ]
+
+
+def test_decay_groups_are_the_authors() -> None:
+    config = load_config(PretrainConfig, "recipes/pretrain_vit_tiny.yaml")
+    model = MAE(config.model)
+    decayed, plain = adamw(model, config.optim).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {"cls_token", "mask_token", "patch_embed.proj.weight"} <= {names[id(p)] for p in decayed["params"]}
+    assert all("bias" in names[id(p)] or "norm" in names[id(p)] for p in plain["params"])
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
+    grouped = {names[id(p)] for group in (decayed, plain) for p in group["params"]}
+    assert grouped == {name for name, _ in model.named_parameters()} - {"pos_embed", "decoder_pos_embed"}
+
+
+def test_the_schedule_is_the_papers() -> None:
+    steps_per_epoch, total = 312, 800 * 312
+
+    def lr(step: int) -> float:
+        return learning_rate(step, total, steps_per_epoch, 4096, OptimConfig())
+
+    assert lr(0) == 0
+    assert lr(20 * 312) == pytest.approx(1.2e-3)
+    assert lr(40 * 312) == pytest.approx(2.4e-3)
+    assert lr(420 * 312) == pytest.approx(1.2e-3)
+    assert lr(total - 1) < 1e-12 * 1e3
+    assert torch.tensor([lr(s) for s in range(40 * 312, total, 1000)]).diff().max() < 0

@@ -1,0 +1,178 @@
+"""Promise 7: it is the paper's model. The yardstick is transformers' ViTMAE, on shared weights and noise."""
+
+import pytest
+import torch
+from transformers import ViTMAEConfig, ViTMAEForPreTraining
+from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_position_embedding
+
+from trainer.config import ModelConfig, PretrainConfig, load_config
+from trainer.mae import MAE
+from trainer.vit import sincos_positions
+
+BASE = ModelConfig()
+ODD = ModelConfig(
+    image_size=120, patch_size=12, width=96, depth=3, heads=4,
+    decoder_width=64, decoder_depth=2, decoder_heads=2, mask_ratio=0.6, norm_pix=False,
+)  # fmt: skip
+
+TOP = {  # theirs → ours
+    "vit.embeddings.cls_token": "cls_token",
+    "vit.embeddings.position_embeddings": "pos_embed",
+    "vit.embeddings.patch_embeddings.projection": "patch_embed.proj",
+    "vit.layernorm": "norm",
+    "decoder.mask_token": "mask_token",
+    "decoder.decoder_pos_embed": "decoder_pos_embed",
+    "decoder.decoder_embed": "decoder_embed",
+    "decoder.decoder_norm": "decoder_norm",
+    "decoder.decoder_pred": "decoder_pred",
+}
+BLOCK = {
+    "attention.o_proj": "attn.proj",
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+
+
+def reference(config: ModelConfig) -> ViTMAEForPreTraining:
+    return ViTMAEForPreTraining(
+        ViTMAEConfig(
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            hidden_size=config.width,
+            num_hidden_layers=config.depth,
+            num_attention_heads=config.heads,
+            intermediate_size=4 * config.width,
+            decoder_hidden_size=config.decoder_width,
+            decoder_num_hidden_layers=config.decoder_depth,
+            decoder_num_attention_heads=config.decoder_heads,
+            decoder_intermediate_size=4 * config.decoder_width,
+            mask_ratio=config.mask_ratio,
+            norm_pix_loss=config.norm_pix,
+            layer_norm_eps=1e-6,
+        )
+    )
+
+
+def to_theirs(ours: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Our names → theirs; the fused qkv becomes three."""
+    theirs = {}
+    for name, tensor in ours.items():
+        prefix, dot, kind = name.rpartition(".")
+        prefix, kind = (name, "") if name in TOP.values() else (prefix, dot + kind)
+        if "blocks." not in name:
+            theirs[next(t for t, o in TOP.items() if o == prefix) + kind] = tensor
+            continue
+        stack, _, rest = prefix.partition(".")
+        number, _, layer = rest.partition(".")
+        stem = {"blocks": "vit.layers", "decoder_blocks": "decoder.decoder_layers"}[stack] + f".{number}."
+        if layer == "attn.qkv":
+            for part, piece in zip("qkv", tensor.chunk(3), strict=True):
+                theirs[f"{stem}attention.{part}_proj{kind}"] = piece
+        else:
+            theirs[stem + next(t for t, o in BLOCK.items() if o == layer) + kind] = tensor
+    return theirs
+
+
+@pytest.mark.parametrize("config", [BASE, ODD], ids=["B/16 at 224", "non-default"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+def test_same_numbers_as_the_published_model(
+    config: ModelConfig, dtype: torch.dtype, tolerance: float
+) -> None:
+    torch.manual_seed(0)
+    ours = MAE(config).to(dtype)
+    for parameter in ours.parameters():  # biases too are something
+        if parameter.requires_grad:
+            parameter.data += 0.02 * torch.randn_like(parameter)
+    theirs = reference(config).to(dtype)
+    theirs.load_state_dict(to_theirs(ours.state_dict()))
+    images = torch.randn(2, 3, config.image_size, config.image_size, dtype=dtype)
+    noise = torch.rand(2, config.patches)
+
+    expected = theirs(pixel_values=images, noise=noise)
+    prediction, masked = ours.predict(images, noise)
+    loss = ours(images, noise).mean()
+    assert (masked == expected.mask.bool()).all()
+    assert close(prediction, expected.logits, tolerance)
+    assert close(loss, expected.loss, tolerance)
+    if dtype == torch.float64:
+        loss.backward()
+        expected.loss.backward()
+        theirs_by_name = dict(theirs.named_parameters())
+        for name, parameter in ours.named_parameters():
+            if parameter.requires_grad:  # qkv fused: the gradient of the key's bias alone is 0 but for noise
+                parts = [theirs_by_name[part].grad for part in to_theirs({name: parameter})]
+                assert close(parameter.grad, torch.cat(parts), tolerance), name
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:
+    """Relative to the largest number of the tensor."""
+    return bool((a - b).abs().max() <= tolerance * b.abs().max())
+
+
+@pytest.mark.parametrize(("width", "grid"), [(768, 14), (64, 7), (1280, 16)])
+def test_positions_are_the_authors(width: int, grid: int) -> None:
+    rows_first = build_2d_sinusoidal_position_embedding(grid, grid, width, cls_token=True)
+    half = width // 2  # the authors have the column in the first half
+    assert torch.equal(
+        sincos_positions(width, grid)[0], torch.cat([rows_first[:, half:], rows_first[:, :half]], dim=1)
+    )
+
+
+def authors_table(
+    width: int, depth: int, patch: int, decoder_width: int = 512, decoder_depth: int = 8
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the authors' pre-training checkpoints (mae_pretrain_vit_*_full)."""
+    tokens = (224 // patch) ** 2 + 1
+    table: dict[str, tuple[int, ...]] = {
+        "cls_token": (1, 1, width),
+        "pos_embed": (1, tokens, width),
+        "mask_token": (1, 1, decoder_width),
+        "decoder_pos_embed": (1, tokens, decoder_width),
+        "patch_embed.proj.weight": (width, 3, patch, patch),
+        "patch_embed.proj.bias": (width,),
+        "norm.weight": (width,),
+        "norm.bias": (width,),
+        "decoder_embed.weight": (decoder_width, width),
+        "decoder_embed.bias": (decoder_width,),
+        "decoder_norm.weight": (decoder_width,),
+        "decoder_norm.bias": (decoder_width,),
+        "decoder_pred.weight": (patch**2 * 3, decoder_width),
+        "decoder_pred.bias": (patch**2 * 3,),
+    }
+    for stack, w, d in (("blocks", width, depth), ("decoder_blocks", decoder_width, decoder_depth)):
+        for i in range(d):
+            for layer, shape in {
+                "norm1": (w,),
+                "attn.qkv": (3 * w, w),
+                "attn.proj": (w, w),
+                "norm2": (w,),
+                "mlp.fc1": (4 * w, w),
+                "mlp.fc2": (w, 4 * w),
+            }.items():
+                table[f"{stack}.{i}.{layer}.weight"] = shape
+                table[f"{stack}.{i}.{layer}.bias"] = shape[:1]
+    return table
+
+
+@pytest.mark.parametrize(
+    ("recipe", "width", "depth", "patch"),
+    [("base", 768, 12, 16), ("large", 1024, 24, 16), ("huge", 1280, 32, 14)],
+)
+def test_names_and_shapes_are_the_authors(recipe: str, width: int, depth: int, patch: int) -> None:
+    config = load_config(PretrainConfig, f"recipes/pretrain_vit_{recipe}.yaml").model
+    with torch.device("meta"):
+        state = MAE(config).state_dict()
+    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == authors_table(width, depth, patch)
+
+
+def test_initialisation_is_the_papers() -> None:
+    model = MAE(ODD)
+    width = ODD.width
+    bound = (6 / (width + 3 * 12 * 12)) ** 0.5  # xavier over the patch as one vector
+    weight = model.patch_embed.proj.weight
+    assert 0.95 * bound < weight.abs().max() <= bound
+    assert abs(float(model.cls_token.detach().std()) - 0.02) < 0.008
+    assert (model.blocks[0].attn.qkv.bias == 0).all()
+    assert (model.norm.weight == 1).all()

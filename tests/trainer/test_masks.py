@@ -1,0 +1,52 @@
+"""Masks are a pure function of (seed, epoch, sample id), the same hash on host and device."""
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.hashing import hash64
+from trainer.config import ModelConfig
+from trainer.mae import MAE
+from trainer.masks import MASK_STREAM, mask_noise
+
+
+@given(st.integers(0, 2**31), st.integers(0, 2**31), st.lists(st.integers(0, 2**40), min_size=1, max_size=5))
+def test_the_hash_is_numpys(seed: int, epoch: int, ids: list[int]) -> None:
+    noise = mask_noise(seed, epoch, torch.tensor(ids), 49)
+    expected = hash64(seed, MASK_STREAM, epoch, np.array(ids)[:, None], np.arange(49)[None, :])
+    assert (noise.numpy().view(np.uint64) == expected).all()
+
+
+def test_a_sample_is_masked_alike_in_any_company() -> None:
+    ids = torch.tensor([5, 1, 9])
+    together = mask_noise(0, 3, ids, 196)
+    for i in range(3):
+        assert (mask_noise(0, 3, ids[i : i + 1], 196)[0] == together[i]).all()
+    assert (mask_noise(0, 4, ids, 196) != together).all()
+
+
+def test_three_quarters_are_masked_each_patch_as_often() -> None:
+    model = MAE(ModelConfig(width=48, depth=1, heads=3, decoder_width=16, decoder_depth=1, decoder_heads=1))
+    masking = model.masking(mask_noise(0, 0, torch.arange(4000), model.patches))
+    assert masking.keep.shape == (4000, 49)
+    counts = torch.bincount(masking.keep.flatten(), minlength=196) / 4000
+    assert counts.min() > 0.22
+    assert counts.max() < 0.28
+
+
+def test_what_is_masked_is_never_seen() -> None:
+    """Changing masked pixels changes nothing that the model predicts."""
+    torch.manual_seed(0)
+    model = MAE(
+        ModelConfig(image_size=32, patch_size=8, width=48, depth=2, heads=3,
+                    decoder_width=16, decoder_depth=1, decoder_heads=1)
+    )  # fmt: skip
+    noise = mask_noise(0, 0, torch.arange(2), model.patches)
+    images = torch.randn(2, 3, 32, 32)
+    prediction, masked = model.predict(images, noise)
+    hidden = masked[..., None].expand(-1, -1, 8 * 8 * 3)
+    other = torch.where(model.unpatchify(hidden.float()).bool(), torch.randn_like(images), images)
+    assert (other != images).any()
+    assert torch.equal(model.predict(other, noise)[0], prediction)
+    assert torch.equal(model.unpatchify(model.patchify(images)), images)

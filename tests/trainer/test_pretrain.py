@@ -1,0 +1,179 @@
+"""Promise 4: the global batch never changes; and a run goes on where its last commit was."""
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from pipeline.errors import UserError
+from pipeline.manifest import Dataset, open_dataset
+from pipeline.storage import open_store
+from trainer.checkpoint import committed_steps
+from trainer.config import PretrainConfig, parse_config
+from trainer.metrics import read_metrics
+from trainer.pretrain import pretrain
+from trainer.run import Run, open_run
+
+SMALL: dict[str, Any] = {
+    "global_batch": 12,
+    "epochs": 6.0,  # of 5 steps
+    "log_every": 4,
+    "precision": "float64",
+    "model": {
+        "image_size": 32, "patch_size": 8, "width": 24, "depth": 2, "heads": 3,
+        "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2,
+    },
+    "optim": {"blr": 0.05, "warmup_epochs": 1},
+    "data": {"decoder": "pillow", "lanes": 6, "block": 8, "threads": 1},
+}  # fmt: skip
+
+
+def config_of(**changes: Any) -> PretrainConfig:
+    return parse_config(PretrainConfig, {**SMALL, **changes}, "test")
+
+
+def train(dataset: Dataset, out: Path, rank: int = 0, world_size: int = 1, **changes: Any) -> Run:
+    config = config_of(**changes)
+    config, run = open_run(str(out), config, dataset)
+    pretrain(config, dataset, Run(run.store, run.run_id, run.attempt))
+    return run
+
+
+def _worker(rank: int, world_size: int, data: str, out: str, changes: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    rendezvous = f"file://{out}.rendezvous"
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
+    dataset = open_dataset(data)
+    config = config_of(**changes)
+    run = Run(open_store(out), "test", 1, rank, world_size)
+    pretrain(config, dataset, run)
+    dist.destroy_process_group()
+
+
+def losses(url: str | Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(open_store(str(url)))]
+
+
+def weights(url: str | Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    store = open_store(str(url))
+    return load_file(f"{store.root}/checkpoints/step-{committed_steps(store)[-1]:08d}/model.safetensors")
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_world_size_changes_no_loss_and_no_parameter(scenes: Dataset, tmp_path: Path, world_size: int) -> None:
+    """30 steps in float64, in micro-batches; 4 workers have unequal parts of 6 lanes."""
+    train(scenes, tmp_path / "alone", micro_batch=12)
+    mp.spawn(  # type: ignore[attr-defined]
+        _worker,
+        (world_size, scenes.store.url, str(tmp_path / "many"), {"micro_batch": 4}),
+        nprocs=world_size,
+    )
+    alone, many = losses(tmp_path / "alone"), losses(tmp_path / "many")
+    assert len(alone) == 30
+    assert many == pytest.approx(alone, rel=1e-9, abs=0)
+    assert alone[-1] < alone[0]
+    ours, theirs = weights(tmp_path / "alone"), weights(tmp_path / "many")
+    for name, tensor in ours.items():
+        assert torch.allclose(theirs[name], tensor, rtol=1e-7, atol=1e-9), name
+
+
+@pytest.mark.parametrize("stop", [1, 7, 29])
+def test_resuming_is_bit_equal_at_any_step(scenes: Dataset, tmp_path: Path, stop: int) -> None:
+    changes = {"precision": "float32", "checkpoint": {"every_steps": stop, "keep": 100}}
+    train(scenes, tmp_path / "whole", **changes)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for step in committed_steps(open_store(str(tmp_path / "cut"))):
+        if step > stop:  # as if it had died before the next commit was marked
+            (tmp_path / "cut" / "checkpoints" / f"step-{step:08d}" / "COMMITTED").unlink()
+    run = train(scenes, tmp_path / "cut", **changes)
+    assert run.attempt == 2
+    rows = read_metrics(run.store)
+    assert [row["step"] for row in rows] == list(range(30))
+    assert [row["attempt"] for row in rows] == [1] * stop + [2] * (30 - stop)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    ours, theirs = weights(tmp_path / "cut"), weights(tmp_path / "whole")
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_metrics_have_a_row_for_every_step(scenes: Dataset, tmp_path: Path) -> None:
+    run = train(scenes, tmp_path / "run")
+    rows = read_metrics(run.store)
+    assert [row["step"] for row in rows] == list(range(30))
+    assert [row["epoch"] for row in rows] == [step // 5 for step in range(30)]
+    assert [row["samples"] for row in rows] == [12 * (step + 1) for step in range(30)]
+    names = {"attempt", "loss", "lr", "img_per_s", "data_wait_s", "step_s", "world_size", "bad_samples"}
+    assert all(names <= row.keys() for row in rows)
+    assert rows[5]["lr"] == pytest.approx(0.05 * 12 / 256)
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    pictures = sorted(path.name for path in (tmp_path / "run" / "pictures").iterdir())
+    assert pictures == ["step-00000000.png", "step-00000030.png"]
+
+
+def test_the_newest_commits_are_kept(scenes: Dataset, tmp_path: Path) -> None:
+    run = train(scenes, tmp_path / "run", checkpoint={"every_steps": 5, "keep": 2})
+    assert committed_steps(run.store) == [25, 30]
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == [
+        "step-00000025",
+        "step-00000030",
+    ]
+
+
+def test_a_finished_run_does_nothing_more(scenes: Dataset, tmp_path: Path) -> None:
+    train(scenes, tmp_path / "run")
+    before = weights(tmp_path / "run")
+    run = train(scenes, tmp_path / "run")
+    assert len(read_metrics(run.store)) == 30
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(tmp_path / "run").items())
+
+
+def test_a_loss_that_is_not_finite_stops_before_anything_is_written(scenes: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the loss is (nan|inf) at step \d+.*lower optim\.blr"):
+        train(
+            scenes,
+            tmp_path / "run",
+            precision="float32",
+            optim={"blr": 1e30, "warmup_epochs": 0},
+            checkpoint={"every_steps": 4},
+        )
+    store = open_store(str(tmp_path / "run"))
+    for step in committed_steps(store):  # whatever was committed before is sound
+        assert step < 8
+        assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
+    assert all(math.isfinite(row["loss"]) for row in read_metrics(store)) if store.exists("metrics.jsonl") else True
+
+
+def test_what_a_run_refuses(scenes: Dataset, tmp_path: Path) -> None:
+    from conftest import build_dataset
+
+    train(scenes, tmp_path / "run", epochs=1)
+    other = build_dataset("synthetic:?count=70&classes=7&seed=5", str(tmp_path / "other"))
+    for changes, message in [
+        ({"epochs": 2}, "epochs: 1.0 → 2.0"),
+        ({"epochs": 1, "global_batch": 6}, "global_batch: 12 → 6"),
+        ({"epochs": 1, "seed": 3}, "seed: 0 → 3"),
+        ({"epochs": 1, "data": {**SMALL["data"], "block": 9}}, "data.block: 8 → 9"),
+        ({"epochs": 1, "workers": 7}, "use at most 6 workers"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            open_run(str(tmp_path / "run"), config_of(**changes), scenes)
+    with pytest.raises(UserError, match="started with another dataset"):
+        open_run(str(tmp_path / "run"), config_of(epochs=1), other)
+    with pytest.raises(UserError, match="not empty and not a run"):
+        open_run(scenes.store.url, config_of(), scenes)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000005"
+    state = (checkpoint / "state.json").read_text()
+    (checkpoint / "state.json").write_text(state.replace(scenes.fingerprint, "0" * 64))
+    with pytest.raises(UserError, match="was not written by this run"):
+        train(scenes, tmp_path / "run", epochs=1)
+    (checkpoint / "state.json").write_text(state)
+    data = (checkpoint / "model.safetensors").read_bytes()
+    (checkpoint / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match="is damaged"):
+        train(scenes, tmp_path / "run", epochs=1)
