@@ -102,8 +102,6 @@ def build(source: str, dest: str, shard_mb: float, seed: int, strict: bool, over
 @click.option("--grid", type=click.Path(dir_okay=False, writable=True), help="Write a contact sheet (PNG).")
 def show(dest: str, grid: str | None) -> None:
     """Counts, sizes, classes, and a contact sheet of a dataset."""
-    from pipeline.contact_sheet import draw_contact_sheet
-
     dataset = open_dataset(dest)
     manifest = dataset.manifest
     table = Table(show_header=False, box=None)
@@ -121,6 +119,8 @@ def show(dest: str, grid: str | None) -> None:
         table.add_row(f"[bold]{name}[/]", value)
     console.print(table)
     if grid:
+        from pipeline.contact_sheet import draw_contact_sheet
+
         _write(grid, draw_contact_sheet(dataset))
         console.print(f"contact sheet → {grid}")
 

@@ -16,9 +16,7 @@ def orders(draw: st.DrawFn, max_shards: int = 6) -> Order:
     global_batch = lanes * draw(st.integers(1, 5))
     shards = draw(st.lists(st.integers(1, 60), min_size=1, max_size=max_shards))
     shards[0] += max(0, global_batch - sum(shards))
-    return Order(
-        np.array(shards), draw(st.integers(0, 2**31)), global_batch, lanes, draw(st.integers(1, 70))
-    )
+    return Order(np.array(shards), draw(st.integers(0, 2**31)), global_batch, lanes, draw(st.integers(1, 70)))
 
 
 def epoch_ids(order: Order, epoch: int, rank: int = 0, world_size: int = 1) -> np.ndarray:

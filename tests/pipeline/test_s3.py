@@ -23,9 +23,7 @@ def test_a_bucket_holds_the_same_dataset(remote: Dataset, scenes: Dataset) -> No
 
 
 def test_batches_from_a_bucket_are_those_from_a_folder(remote: Dataset, scenes: Dataset) -> None:
-    for here, there in zip(
-        make_loader(scenes).steps(2, 9), make_loader(remote).steps(2, 9), strict=True
-    ):
+    for here, there in zip(make_loader(scenes).steps(2, 9), make_loader(remote).steps(2, 9), strict=True):
         assert (here.images == there.images).all()
         assert (here.sample_ids == there.sample_ids).all()
 
@@ -57,7 +55,9 @@ def test_building_over_a_half_built_prefix_starts_clean(remote: Dataset, s3: str
 
 def test_what_a_bucket_refuses_is_one_message(remote: Dataset, s3: str) -> None:
     assert "there is no such bucket" in refused("shards", "show", "s3://no-such-bucket/data")
-    assert "there is no such bucket" in refused("shards", "build", "synthetic:?count=1", "s3://no-such-bucket/x")
+    assert "there is no such bucket" in refused(
+        "shards", "build", "synthetic:?count=1", "s3://no-such-bucket/x"
+    )
     assert "there is no such bucket" in refused("shards", "build", "s3://no-such-bucket/x", f"{s3}/x")
     assert "not a dataset" in refused("shards", "show", f"{s3}/nothing/here")
     assert "no such folder" in refused("shards", "build", f"{s3}/nothing/here", f"{s3}/x")

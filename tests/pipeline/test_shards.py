@@ -101,7 +101,9 @@ def test_a_truncated_image_is_left_out_and_named_or_stops_a_strict_build(
         "cat/not_an_image.jpg",
     ]
     with pytest.raises(UserError, match=r"bee\.0\.JPEG|not_an_image"):
-        build(open_source(str(folder)), open_store(str(tmp_path / "strict")), shard_bytes=1 << 20, strict=True)
+        build(
+            open_source(str(folder)), open_store(str(tmp_path / "strict")), shard_bytes=1 << 20, strict=True
+        )
 
 
 class Killed(BaseException):
@@ -119,7 +121,9 @@ def test_a_killed_build_is_no_dataset_and_the_next_one_starts_clean(tmp_path: Pa
 
         return Item(item.key, item.label, item.name, load)
 
-    broken = Source([*whole.items[:at], dying(whole.items[at]), *whole.items[at + 1 :]], whole.classes, "dying")
+    broken = Source(
+        [*whole.items[:at], dying(whole.items[at]), *whole.items[at + 1 :]], whole.classes, "dying"
+    )
     store = open_store(str(tmp_path / "out"))
     for _ in range(2):
         with pytest.raises(Killed):

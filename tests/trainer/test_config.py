@@ -22,7 +22,9 @@ def test_every_recipe_loads_and_survives_a_round_trip(recipe: Path, tmp_path: Pa
 
 def test_overrides_reach_any_depth() -> None:
     config = load_config(
-        PretrainConfig, "recipes/pretrain_vit_base.yaml", ("optim.blr=1e-3", "model.norm_pix=false", "workers=7")
+        PretrainConfig,
+        "recipes/pretrain_vit_base.yaml",
+        ("optim.blr=1e-3", "model.norm_pix=false", "workers=7"),
     )
     assert (config.optim.blr, config.model.norm_pix, config.workers, config.epochs) == (1e-3, False, 7, 800)
 
@@ -62,7 +64,12 @@ def test_bad_files_are_one_clear_message(tmp_path: Path) -> None:
 
 def test_what_may_differ_on_resume() -> None:
     old = parse_config(PretrainConfig, {}, "old")
-    free = {"workers": 3, "log_every": 1, "checkpoint": {"keep": 9}, "data": {"decoder": "dali", "threads": 2}}
+    free = {
+        "workers": 3,
+        "log_every": 1,
+        "checkpoint": {"keep": 9},
+        "data": {"decoder": "dali", "threads": 2},
+    }
     assert differences(old, parse_config(PretrainConfig, free, "new")) == []
     fixed = {"seed": 1, "optim": {"blr": 1e-3}, "data": {"lanes": 2}}
     assert differences(old, parse_config(PretrainConfig, fixed, "new")) == [

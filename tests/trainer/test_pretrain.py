@@ -67,7 +67,9 @@ def weights(url: str | Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_world_size_changes_no_loss_and_no_parameter(scenes: Dataset, tmp_path: Path, world_size: int) -> None:
+def test_world_size_changes_no_loss_and_no_parameter(
+    scenes: Dataset, tmp_path: Path, world_size: int
+) -> None:
     """30 steps in float64, in micro-batches; 4 workers have unequal parts of 6 lanes."""
     train(scenes, tmp_path / "alone", micro_batch=12)
     mp.spawn(  # type: ignore[attr-defined]
@@ -146,7 +148,11 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_written(scenes: Data
     for step in committed_steps(store):  # whatever was committed before is sound
         assert step < 8
         assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
-    assert all(math.isfinite(row["loss"]) for row in read_metrics(store)) if store.exists("metrics.jsonl") else True
+    assert (
+        all(math.isfinite(row["loss"]) for row in read_metrics(store))
+        if store.exists("metrics.jsonl")
+        else True
+    )
 
 
 def test_what_a_run_refuses(scenes: Dataset, tmp_path: Path) -> None:

@@ -1,0 +1,109 @@
+"""What people type: the commands do what they say, and bad input is one clear message and exit code 2."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, maestream, refused
+from PIL import Image
+
+from pipeline.manifest import Dataset
+from pipeline.scenes import draw_scene
+
+TINY = "recipes/pretrain_vit_tiny.yaml"
+
+
+def test_build_show_and_verify(tmp_path: Path) -> None:
+    for i in range(4):
+        folder = tmp_path / "src" / ("ab"[i % 2])
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{i}.jpg").write_bytes(draw_scene(0, i, 0))
+    (tmp_path / "src" / "a" / "torn.jpg").write_bytes(draw_scene(0, 9, 0)[:9000])
+    out = maestream("shards", "build", tmp_path / "src", tmp_path / "out").stdout
+    assert "left out a/torn.jpg: image file is truncated" in out
+    assert "4 images in 1 shards" in out
+    assert "1 left out" in out
+    out = maestream("shards", "show", tmp_path / "out", "--grid", tmp_path / "g.png").stdout
+    assert "2: a, b" in out
+    with Image.open(tmp_path / "g.png") as sheet:
+        assert sheet.width > 400
+    assert "are whole" in maestream("shards", "verify", tmp_path / "out").stdout
+    shard = tmp_path / "out" / "shard-000000.tar"
+    shard.write_bytes(shard.read_bytes().replace(b"\xff\xd8", b"\xff\xd9", 1))
+    done = maestream("shards", "verify", tmp_path / "out", check=False)
+    assert done.returncode == 1
+    assert "shard-000000.tar: a/" in done.stdout or "shard-000000.tar: b/" in done.stdout
+
+
+def test_order_is_json_lines_and_the_same_at_every_world_size(scenes: Dataset) -> None:
+    def lines(*words: object) -> list[dict]:
+        out = maestream("order", scenes.store.url, "--global-batch", 12, *words).stdout
+        return [json.loads(line) for line in out.splitlines()]
+
+    whole = lines("--seed", 3, "--epoch", 2)
+    assert [line["step"] for line in whole] == list(range(5))
+    parts = [
+        lines("--seed", 3, "--epoch", 2, "--world-size", 2, "--rank", r, "--steps", "1:3") for r in (0, 1)
+    ]
+    for line, a, b in zip(whole[1:3], *parts, strict=True):
+        assert a["step"] == b["step"] == line["step"]
+        assert sorted(a["sample_ids"] + b["sample_ids"]) == sorted(line["sample_ids"])
+    line = whole[0]
+    assert len(line["keys"]) == len(line["crops"]) == len(line["flips"]) == 12
+    assert all(len(crop) == 4 for crop in line["crops"])
+    assert lines("--lanes", 2, "--block", 5) != lines()
+
+
+def test_sources_and_destinations_that_are_refused(scenes: Dataset, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "a.jpg").write_bytes(draw_scene(0, 0, 0)[:7000])
+    (tmp_path / "torn" / "b.jpg").write_bytes(draw_scene(0, 1, 0))
+
+    def build(*words: object) -> str:
+        return refused("shards", "build", *words)
+
+    assert "no such folder" in build(tmp_path / "missing", tmp_path / "out")
+    assert "no images in it" in build(tmp_path / "empty", tmp_path / "out")
+    assert "already has a dataset" in build("synthetic:?count=1", scenes.store.url)
+    assert "does not decode" in build(tmp_path / "torn", tmp_path / "out", "--strict")
+    assert "gs://" in build("gs://bucket/x", tmp_path / "o")
+    (tmp_path / "file").write_text("x")
+    assert "file" in build("synthetic:?count=1", tmp_path / "file")
+    maestream("shards", "build", tmp_path / "torn", tmp_path / "out")  # and after that it is built
+
+
+def test_datasets_that_are_refused(scenes: Dataset, tmp_path: Path) -> None:
+    def pretrain(data: object, *words: object) -> str:
+        return refused("pretrain", "--config", TINY, "--data", data, "--out", tmp_path / "run", *words)
+
+    assert "not a dataset" in pretrain(tmp_path)
+    assert "fewer than one global batch of 71" in pretrain(scenes.store.url, "global_batch=71")
+    assert "not divisible by the lanes" in pretrain(scenes.store.url, "data.lanes=7")
+    assert "use at most 16 workers" in pretrain(scenes.store.url, "workers=17")
+    assert "did you mean epochs?" in pretrain(scenes.store.url, "epoch=7")
+    assert not (tmp_path / "run").exists()  # nothing is left of what was refused
+    shutil.copytree(scenes.store.root, tmp_path / "newer")
+    manifest = tmp_path / "newer" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 2'))
+    assert "use a newer maestream" in pretrain(tmp_path / "newer")
+    assert "no such config" in refused(
+        "pretrain", "--config", "recipes/none.yaml", "--data", scenes.store.url, "--out", tmp_path / "run"
+    )
+    assert "ranks go from 0 to 1" in refused(
+        "order", scenes.store.url, "--global-batch", 8, "--world-size", 2, "--rank", 2
+    )
+
+
+def test_reconstruct_needs_a_run(scenes: Dataset, tmp_path: Path) -> None:
+    message = refused("reconstruct", tmp_path, "--data", scenes.store.url, "--grid", tmp_path / "r.png")
+    assert "is not a run" in message
+
+
+@pytest.mark.parametrize(
+    "command", ["shards build", "shards show", "shards verify", "order", "pretrain", "reconstruct"]
+)
+def test_every_command_of_the_readme_exists(command: str) -> None:
+    assert f"maestream {command}" in (ROOT / "README.md").read_text()
+    assert "Usage:" in maestream(*command.split(), "--help").stdout
