@@ -1,5 +1,7 @@
 """Promises 1 to 4: the order is a pure function, the position is one number."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -71,7 +73,7 @@ def test_a_block_is_a_permutation_of_neighbouring_places(order: Order) -> None:
     cuts = np.arange(order.lanes) * order.block // order.lanes
     for row, cut in zip(places, cuts, strict=True):
         borders = [0, *range(order.block - cut, order.lane_length, order.block), order.lane_length]
-        for begin, end in zip(borders, borders[1:], strict=False):
+        for begin, end in pairwise(borders):
             assert sorted(row[begin:end]) == list(range(begin, end))
 
 

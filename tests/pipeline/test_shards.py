@@ -162,7 +162,7 @@ def test_sources_that_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     for name in ("a/x.jpg", "a/x.png"):
         (tmp_path / name).write_bytes(draw_scene(0, 0, 0))
-    with pytest.raises(UserError, match="same key|both get the key"):
+    with pytest.raises(UserError, match="both get the key"):
         open_source(str(tmp_path))
     (tmp_path / "flat.jpg").write_bytes(draw_scene(0, 0, 0))
     with pytest.raises(UserError, match="both in class folders"):
