@@ -9,6 +9,7 @@ import os
 import shutil
 from typing import Any
 
+import click
 import ray
 import ray.train
 import torch
@@ -17,6 +18,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 
 from cluster.console import Mailbox, MailboxHandler, watch
+from pipeline.decode import available_cores
 from pipeline.errors import UserError
 from pipeline.manifest import open_dataset
 from pipeline.storage import open_store
@@ -57,7 +59,7 @@ def _start_ray(workers: int) -> None:
     if address:
         ray.init(address=address, **options)
     else:
-        cores = max(len(os.sched_getaffinity(0)), workers)
+        cores = max(available_cores(), workers)
         ray.init(
             address="local",
             num_cpus=cores,
@@ -99,23 +101,25 @@ def _fit(config: PretrainConfig, data: str, run: Run, console: Console) -> None:
     try:
         with watch(mailbox, console):
             trainer.fit()
-    except ray.train.WorkerGroupError as error:
-        raise _cause(error) from None
+    except ray.train.TrainingFailedError as error:
+        if cause := _user_error(error):
+            raise cause from None
+        raise click.ClickException(f"{error}\nThe same command again goes on from the last commit.") from None
     finally:
         run.store.remove(run.store.names(RAY_FOLDER))
         if run.store.is_local:
             shutil.rmtree(run.store.path(RAY_FOLDER), ignore_errors=True)
 
 
-def _cause(error: ray.train.WorkerGroupError) -> BaseException:
-    """What a person should be told: a UserError of any worker, else the whole error."""
-    for failure in error.worker_failures.values():
+def _user_error(error: ray.train.TrainingFailedError) -> UserError | None:
+    """What only a person can mend, if that is what stopped a worker."""
+    for failure in getattr(error, "worker_failures", {}).values():
         cause: BaseException | None = failure
         while cause is not None:
             if isinstance(cause, UserError):
                 return UserError(str(cause).strip())
             cause = getattr(cause, "cause", None) or cause.__cause__
-    return error
+    return None
 
 
 def _worker(job: dict[str, Any]) -> None:
@@ -124,8 +128,8 @@ def _worker(job: dict[str, Any]) -> None:
     log = logging.getLogger("maestream")
     log.addHandler(MailboxHandler(job["mailbox"]))
     device = ray.train.torch.get_device()
-    if device.type == "cpu":  # Ray allows one thread; share the machine's cores among its workers
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
+    # Ray allows one thread; the machine's cores are shared among its workers.
+    torch.set_num_threads(max(1, available_cores() // context.get_local_world_size()))
     run = Run(
         open_store(job["out"]),
         job["run_id"],

@@ -5,7 +5,6 @@ is the sum over its samples times W / B, so that the mean over workers is the me
 """
 
 import math
-import os
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -66,7 +65,7 @@ def pretrain(config: PretrainConfig, dataset: Dataset, run: Run) -> None:
         load_optimizer(run.store, start, model, optimizer)
 
     # ---- data, and where to report
-    threads = config.data.threads or max(1, len(os.sched_getaffinity(0)) // run.world_size)
+    threads = config.data.threads or torch.get_num_threads()  # this worker's share of the cores
     decoder = make_decoder(config.data.decoder, config.model.image_size, threads)
     loader = Loader(dataset, order, decoder, run.rank, run.world_size)
     leads = run.rank == 0
@@ -106,8 +105,8 @@ def pretrain(config: PretrainConfig, dataset: Dataset, run: Run) -> None:
         for seen, loss in zip(pending, losses, strict=True):
             if not math.isfinite(loss):
                 raise UserError(
-                    f"the loss is {loss} at step {seen.step} (epoch {seen.epoch}); nothing was committed since "
-                    "before it. Start a new run with a lower optim.blr or a longer warm-up"
+                    f"the loss is {loss} at step {seen.step} (epoch {seen.epoch}); the last commit is from before "
+                    "that. Start a new run with a lower optim.blr or a longer warm-up"
                 )
         if metrics is not None:
             now = time.perf_counter()

@@ -102,7 +102,7 @@ def open_run(url: str, config: PretrainConfig, dataset: Dataset) -> tuple[Pretra
 
 
 def _new_run(store: Store, config: PretrainConfig, dataset: Dataset) -> tuple[PretrainConfig, Run]:
-    if names := store.names():
+    if names := [name for name in store.names() if name != CONFIG]:  # a start may have been killed there
         raise UserError(f"{store.url} is not empty and not a run ({names[0]}, …): choose another --out")
     fixed = fix_order(config, dataset)
     run = Run(store, uuid.uuid4().hex, attempt=1)

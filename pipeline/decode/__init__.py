@@ -4,6 +4,7 @@ Executors are handed crop boxes, so all of them produce the same crops.
 """
 
 import importlib.util
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -38,6 +39,11 @@ class Decoder(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def make_decoder(name: DecoderName, size: int, threads: int) -> Decoder:

@@ -1,6 +1,8 @@
 """Training on Ray: real workers, killed for real, locally and from a bucket."""
 
+import contextlib
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -53,8 +55,8 @@ def losses(url: object) -> list[float]:
     return [row["loss"] for row in read_metrics(open_store(str(url)))]
 
 
-def kill_at(step: int, command: tuple[object, ...], out: Path) -> None:
-    """Start a run, and SIGKILL it once its metrics reach `step`."""
+def kill_at(step: int, command: tuple[object, ...], out: Path, a_worker: bool = False) -> None:
+    """Start a run, and SIGKILL it, or one of its workers, once its metrics reach `step`."""
     program = Path(sys.executable).with_name("maestream")
     process = subprocess.Popen([program, *map(str, command)], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -67,8 +69,12 @@ def kill_at(step: int, command: tuple[object, ...], out: Path) -> None:
         else:
             pytest.fail(f"no step {step} in two minutes")
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        if a_worker and process.poll() is None:
+            os.kill(_worker_of(process.pid), signal.SIGKILL)
+            assert process.wait(60) == 1
+        else:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_been(
@@ -85,6 +91,23 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
     assert rows[0]["attempt"] == 1
     assert rows[-1]["attempt"] == 2
     assert [row["loss"] for row in rows] == losses(whole)  # bit for bit
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("workers", ["workers=1", "workers=2"])
+def test_killed_again_and_again(recipe: Path, scenes: Dataset, tmp_path: Path, workers: str) -> None:
+    """Ten kills at random steps, of the driver and of a worker in turn; the joined run is bit-equal."""
+    rng = random.Random(0)
+    maestream(*words(recipe, scenes.store.url, tmp_path / "whole", workers))
+    command = words(recipe, scenes.store.url, tmp_path / "run", workers)
+    for kill in range(10):
+        done = len(losses(tmp_path / "run")) if kill else 0
+        kill_at(min(done + rng.randrange(1, 30), 290), command, tmp_path / "run", a_worker=kill % 2 == 1)
+    maestream(*command)
+    rows = read_metrics(open_store(str(tmp_path / "run")))
+    assert rows[-1]["attempt"] == 11
+    assert [row["loss"] for row in rows] == losses(tmp_path / "whole")
 
 
 def test_the_same_run_from_and_to_a_bucket(
@@ -120,6 +143,24 @@ def test_what_only_a_person_can_mend_stops_all_ranks_with_exit_code_2(
     shutil.copy(Path(scenes.store.root) / shard.name, shard)
     other = build_dataset("synthetic:?count=70&classes=7&seed=9", str(tmp_path / "other"))
     assert "another dataset" in refused(*words(recipe, other.store.url, tmp_path / "run"))
+
+
+def _worker_of(driver: int) -> int:
+    """The process of one of a driver's training workers."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    for pid in parents:
+        above = pid
+        while above in parents and above != driver:
+            above = parents[above]
+        if above == driver:
+            with contextlib.suppress(OSError):
+                if b"RayTrainWorker" in (Path("/proc") / str(pid) / "cmdline").read_bytes():
+                    return pid
+    pytest.fail("no worker found")
 
 
 def test_nothing_is_left_running(whole: Path) -> None:
