@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -34,6 +37,22 @@ def test_build_show_and_verify(tmp_path: Path) -> None:
     done = maestream("shards", "verify", tmp_path / "out", check=False)
     assert done.returncode == 1
     assert "shard-000000.tar: a/" in done.stdout or "shard-000000.tar: b/" in done.stdout
+
+
+def test_a_build_that_is_killed_is_no_dataset_and_building_again_finishes_it(tmp_path: Path) -> None:
+    words = ["shards", "build", "synthetic:?count=300", str(tmp_path / "out"), "--shard-mb", "1"]
+    process = subprocess.Popen(
+        [Path(sys.executable).with_name("maestream"), *words], stdout=subprocess.DEVNULL
+    )
+    while not (tmp_path / "out" / "shard-000001.tar").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert "begun and not finished" in refused("shards", "show", tmp_path / "out")
+    maestream(*words[:2], "synthetic:?count=20", *words[3:])
+    assert "20 images in 2 shards are whole" in maestream("shards", "verify", tmp_path / "out").stdout
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.name.startswith(".maestream")]
 
 
 def test_order_is_json_lines_and_the_same_at_every_world_size(scenes: Dataset) -> None:
