@@ -4,9 +4,9 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-if [ "${STORE:-local}" = s3 ] && [ -z "${AWS_ENDPOINT_URL:-}" ]; then
+if [ "${STORE:-local}" = s3 ] && [ -z "${MAESTREAM_DEMO_S3:-}" ]; then
     rm -rf runs/demo-s3
-    exec .venv-s3/bin/python tests/s3_server.py --dir runs/demo-s3 -- env STORE=s3 bash demo.sh
+    exec .venv-s3/bin/python tests/s3_server.py --dir runs/demo-s3 -- env MAESTREAM_DEMO_S3=1 bash demo.sh
 fi
 
 rm -rf runs/demo runs/demo-data
@@ -34,5 +34,5 @@ cat <<EOT
 What the model sees:      runs/demo/pictures/held-out.png   (images it never trained on)
 Before and after:         $first, $last
 What it was trained on:   runs/demo/pictures/dataset.png
-The run:                  runs/demo                         (config.yaml, metrics.jsonl, checkpoints/, tensorboard/)
+The run:                  runs/demo                         (config.yaml, metrics, checkpoints/, tensorboard/)
 EOT

@@ -18,7 +18,8 @@ from rich.table import Table
 from pipeline.errors import UserError
 from pipeline.manifest import open_dataset
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, markup=False)  # file names are not markup
+SEED = click.IntRange(min=0, max=2**31 - 1)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -63,7 +64,7 @@ def shards() -> None:
 @click.option(
     "--shard-mb", type=click.FloatRange(min=0.01), default=128, show_default=True, help="Size of a shard."
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the shuffle.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the shuffle.")
 @click.option("--strict", is_flag=True, help="Stop at the first image that does not decode.")
 @click.option("--overwrite", is_flag=True, help="Replace the dataset that is there.")
 def build(source: str, dest: str, shard_mb: float, seed: int, strict: bool, overwrite: bool) -> None:
@@ -89,7 +90,7 @@ def build(source: str, dest: str, shard_mb: float, seed: int, strict: bool, over
             on_image=lambda: progress.advance(task),
         )
     for line in built.left_out:
-        console.print(f"[yellow]left out[/] {line}")
+        console.print(f"left out {line}", style="yellow")
     manifest = built.manifest
     console.print(
         f"{manifest.samples:,} images in {manifest.shards} shards, {manifest.image_bytes / 2**20:,.1f} MiB, "
@@ -105,6 +106,8 @@ def show(dest: str, grid: str | None) -> None:
     dataset = open_dataset(dest)
     manifest = dataset.manifest
     table = Table(show_header=False, box=None)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
     sizes = dataset.shard_bytes / 2**20
     rows = {
         "dataset": dataset.store.url,
@@ -116,7 +119,7 @@ def show(dest: str, grid: str | None) -> None:
         "built": ", ".join(f"{key} {value}" for key, value in manifest.built.items()),
     }
     for name, value in rows.items():
-        table.add_row(f"[bold]{name}[/]", value)
+        table.add_row(name, value)
     console.print(table)
     if grid:
         from pipeline.contact_sheet import draw_contact_sheet
@@ -133,7 +136,7 @@ def _write(path: str, data: bytes) -> None:
     from pipeline.storage import open_store
 
     folder, _, name = open_store(path).url.rpartition("/")
-    open_store(folder).write(name, data)
+    open_store(folder or "/").write(name, data)
 
 
 @shards.command()
@@ -147,7 +150,7 @@ def verify(dest: str) -> None:
         task = progress.add_task("shards", total=dataset.manifest.shards)
         problems = verify(dataset, on_shard=lambda: progress.advance(task))
     for problem in problems:
-        console.print(f"[red]damaged[/] {problem}")
+        console.print(f"damaged {problem}", style="red")
     if problems:
         console.print(f"{len(problems)} problems in {dataset.store.url}")
         sys.exit(1)
@@ -159,7 +162,7 @@ def verify(dest: str) -> None:
 @cli.command()
 @click.argument("dest")
 @click.option("--global-batch", type=click.IntRange(min=1), required=True)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--epoch", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--world-size", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--rank", type=click.IntRange(min=0), default=0, show_default=True)
@@ -255,7 +258,10 @@ def reconstruct(run: str, data: str, grid: str, count: int) -> None:
     batch = evenly_spread(dataset, make_decoder("auto", config.model.image_size, 4), count)
     result = reconstruct(model.to(device), batch.images.to(device), batch.sample_ids.to(device), config.seed)
     _write(grid, draw_grid(result))
+    kind, baseline = "patches", "the mean of the visible pixels"
+    if config.model.norm_pix:
+        kind, baseline = "normalised patches", "each patch's own mean"
     console.print(
-        f"step {steps[-1]}: masked-pixel error {result.error:.4f} over {len(batch.images)} images; filling with the "
-        f"mean gives {result.mean_fill_error:.4f}, so {result.error / result.mean_fill_error:.0%} of it → {grid}"
+        f"step {steps[-1]}: error over masked {kind} {result.error:.4f} ({len(batch.images)} images); filling with "
+        f"{baseline} gives {result.baseline:.4f}, so {result.error / result.baseline:.0%} of it → {grid}"
     )

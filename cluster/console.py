@@ -78,16 +78,16 @@ def _show(mailbox: Any, console: Console, stop: threading.Event) -> None:
             ending = stop.wait(POLL_S)
             try:
                 row, warnings = ray.get(mailbox.take.remote(), timeout=5)
+            except ray.exceptions.GetTimeoutError:
+                continue
             except ray.exceptions.RayError:
                 return  # the cluster is going away; what happened is told by who notices
             for text in warnings:
-                console.print(f"[yellow]warning[/] {text}", highlight=False)
+                console.print(f"warning: {text}", style="yellow")
             if row is None or row["step"] == shown[0]:
                 continue
             done = row["step"] + 1
             progress.update(task, completed=done, total=row["total_steps"], description=summary(row))
             if not console.is_terminal and (ending or time.monotonic() - shown[1] > PLAIN_LINE_S):
-                console.print(
-                    f"step {done}/{row['total_steps']}  {summary(row)}", highlight=False, soft_wrap=True
-                )
+                console.print(f"step {done}/{row['total_steps']}  {summary(row)}")
                 shown = row["step"], time.monotonic()

@@ -24,7 +24,7 @@ from pipeline.manifest import open_dataset
 from pipeline.storage import open_store
 from trainer.config import PretrainConfig
 from trainer.pretrain import pretrain
-from trainer.run import Run, open_run
+from trainer.run import Run, begin_attempt, make_order, open_run
 
 RAY_FOLDER = "ray"  # in the run folder: what Ray's controller keeps
 
@@ -40,14 +40,21 @@ def train(config: PretrainConfig, data: str, out: str, console: Console) -> None
     """
     dataset = open_dataset(data)
     config, run = open_run(out, config, dataset)
+    order = make_order(config, dataset)
     order_note = f"global batch {config.global_batch}, {config.data.lanes} lanes, block {config.data.block}"
     console.print(
         f"run {run.run_id[:8]} attempt {run.attempt}: {dataset.samples:,} samples, {order_note}, "
-        f"{config.workers} workers → {run.store.url}",
-        highlight=False,
+        f"{config.workers} workers → {run.store.url}"
     )
-    _start_ray(config.workers)
+    if (imbalance := order.imbalance(config.workers)) > 1.1:
+        console.print(
+            f"warning: {config.workers} workers share {order.lanes} lanes unevenly: the busiest has "
+            f"{imbalance:.2f} times the mean. Better is a number of workers that divides the lanes",
+            style="yellow",
+        )
     try:
+        _start_ray(config.workers)
+        begin_attempt(config, run, dataset)
         _fit(config, dataset.store.url, run, console)
     finally:
         ray.shutdown()
@@ -57,7 +64,11 @@ def _start_ray(workers: int) -> None:
     address = os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address:
-        ray.init(address=address, **options)
+        try:
+            ray.init(address=address, **options)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            what = " ".join(str(error).split())
+            raise UserError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({what})") from None
     else:
         cores = max(available_cores(), workers)
         ray.init(

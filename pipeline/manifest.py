@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from pipeline.errors import UserError
 from pipeline.storage import FIRST_DEADLINE_S, Store, open_store
@@ -97,6 +97,7 @@ class Dataset:
         self.shard_content: pa.ChunkedArray = shards["content"]
         self.shard_starts: Ints = np.concatenate([[0], np.cumsum(self.shard_samples)])  # first id of each
         self.index = functools.lru_cache(maxsize=2048)(self._read_index)
+        self.shard_keys = functools.lru_cache(maxsize=2048)(self._read_keys)
 
     @property
     def samples(self) -> int:
@@ -125,8 +126,7 @@ class Dataset:
     def keys(self, sample_ids: npt.ArrayLike) -> list[str]:
         """The WebDataset key of each sample id."""
         shard, row = self._shard_and_row(sample_ids)
-        keys = {int(s): self.read_index_table(int(s), ["key"])["key"] for s in np.unique(shard)}
-        return [keys[int(s)][int(r)].as_py() for s, r in zip(shard, row, strict=True)]
+        return [self.shard_keys(int(s))[int(r)].as_py() for s, r in zip(shard, row, strict=True)]
 
     def _shard_and_row(self, sample_ids: npt.ArrayLike) -> tuple[Ints, Ints]:
         ids = np.asarray(sample_ids, np.int64)
@@ -135,22 +135,16 @@ class Dataset:
 
     def read_index_table(self, shard: int, columns: list[str] | None = None) -> pa.Table:
         name = index_name(self.shard_name(shard))
-        try:
-            table = pq.read_table(io.BytesIO(self.store.read(name)), columns=columns)
-        except FileNotFoundError:
-            raise UserError(
-                f"{self.store.describe(name)} is missing: copy or build the dataset again"
-            ) from None
-        except pa.ArrowInvalid as error:
-            raise UserError(
-                f"{self.store.describe(name)} is damaged ({error}): build the dataset again"
-            ) from None
+        table = _read_parquet(self.store, name, INDEX_SCHEMA, columns)
         if len(table) != self.shard_samples[shard]:
             raise UserError(
                 f"{self.store.describe(name)} has {len(table)} rows, the manifest says "
                 f"{self.shard_samples[shard]}: copy or build the dataset again"
             )
         return table
+
+    def _read_keys(self, shard: int) -> pa.ChunkedArray:
+        return self.read_index_table(shard, ["key"])["key"]
 
     def _read_index(self, shard: int) -> Ints:
         """int[len(COLUMNS), samples of the shard]."""
@@ -162,9 +156,28 @@ def index_name(shard_name: str) -> str:
     return f"index/{shard_name.removesuffix('.tar')}.parquet"
 
 
+def _read_parquet(store: Store, name: str, schema: pa.Schema, columns: list[str] | None = None) -> pa.Table:
+    try:
+        data = store.read(name)
+    except FileNotFoundError:
+        raise UserError(f"{store.describe(name)} is missing: copy or build the dataset again") from None
+    try:
+        file = io.BytesIO(data)
+        table = pq.read_table(file, schema=schema, columns=columns, page_checksum_verification=True)
+        table.validate(full=True)
+        if missing := [c for c in table.column_names if table[c].null_count]:
+            raise ValueError(f"no values for {', '.join(missing)}")  # a column that is not there reads so
+        return table
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:  # pyarrow raises any of them
+        what = " ".join(str(error).split())
+        raise UserError(
+            f"{store.describe(name)} is damaged ({what}): copy or build the dataset again"
+        ) from None
+
+
 def to_parquet(table: pa.Table) -> bytes:
     buffer = io.BytesIO()
-    pq.write_table(table, buffer)
+    pq.write_table(table, buffer, write_page_checksum=True)
     return buffer.getvalue()
 
 
@@ -174,9 +187,10 @@ def content_digest(index: pa.Table) -> str:
     return hashlib.sha256(json.dumps([list(row.values()) for row in rows]).encode()).hexdigest()
 
 
-def fingerprint(shards: pa.Table) -> str:
-    """The dataset's identity: a digest over its shards' contents, in order. Paths, dates and tools are not in it."""
-    return hashlib.sha256("\n".join(shards["content"].to_pylist()).encode()).hexdigest()
+def fingerprint(contents: pa.ChunkedArray) -> str:
+    """The dataset's identity: a digest over its shards' content digests, in order. Paths, dates and tools are
+    not in it."""
+    return hashlib.sha256("\n".join(contents.to_pylist()).encode()).hexdigest()
 
 
 def write_dataset(
@@ -185,7 +199,7 @@ def write_dataset(
     """Write the table of shards, then the manifest: from then on it is a dataset."""
     manifest = Manifest(
         format_version=FORMAT_VERSION,
-        fingerprint=fingerprint(shards),
+        fingerprint=fingerprint(shards["content"]),
         samples=sum(shards["samples"].to_pylist()),
         shards=len(shards),
         image_bytes=image_bytes,
@@ -202,7 +216,7 @@ def open_dataset(url: str) -> Dataset:
     store = open_store(url)
     try:
         text = store.read(MANIFEST, FIRST_DEADLINE_S)
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         hint = "a build was begun and not finished: run it again" if _begun(store) else "is the path right?"
         raise UserError(f"{store.url} is not a dataset: it has no {MANIFEST} ({hint})") from None
     try:
@@ -213,14 +227,12 @@ def open_dataset(url: str) -> Dataset:
                 f"{FORMAT_VERSION}: use a newer maestream"
             )
         manifest = Manifest.model_validate_json(text)
-        shards = pq.read_table(io.BytesIO(store.read(SHARDS)), schema=SHARDS_SCHEMA)
-    except (ValueError, KeyError, TypeError, ValidationError, pa.ArrowException) as error:
+    except (ValueError, KeyError, TypeError) as error:
         first = str(error).splitlines()[0]
         raise UserError(
             f"{store.describe(MANIFEST)} is damaged ({first}): copy or build the dataset again"
         ) from None
-    except FileNotFoundError:
-        raise UserError(f"{store.describe(SHARDS)} is missing: copy or build the dataset again") from None
+    shards = _read_parquet(store, SHARDS, SHARDS_SCHEMA)
     if len(shards) != manifest.shards or sum(shards["samples"].to_pylist()) != manifest.samples:
         raise UserError(
             f"{store.describe(SHARDS)} does not belong to {MANIFEST}: copy or build the dataset again"

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, TypeVar
 
@@ -16,7 +17,7 @@ import webdataset
 from crc32c import crc32c
 from PIL import Image
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, why_undecodable
 from pipeline.hashing import hash64
 from pipeline.manifest import (
     BUILDING,
@@ -28,12 +29,13 @@ from pipeline.manifest import (
     Dataset,
     Manifest,
     content_digest,
+    fingerprint,
     index_name,
     to_parquet,
     write_dataset,
 )
 from pipeline.sources import Item, Source
-from pipeline.storage import Store
+from pipeline.storage import TEMPORARY, Store
 
 MEMBER_EXTENSION = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png"}  # of PIL's name of the format
 THREADS = 8  # decoding releases the GIL, and reads wait
@@ -68,7 +70,7 @@ def check_image(data: bytes) -> Checked:
             image.load()
             return Checked(data, MEMBER_EXTENSION[image.format], image.width, image.height)
     except Exception as error:  # damaged bytes make Pillow raise nearly anything
-        raise ValueError(str(error) or type(error).__name__) from error
+        raise ValueError(why_undecodable(error)) from error
 
 
 def build(
@@ -131,26 +133,25 @@ def _claim(source: Source, store: Store, overwrite: bool) -> None:
     """Make sure that `store` may be written, and that no reader takes it for a dataset meanwhile."""
     if source.store is not None and f"{store.url}/".startswith(f"{source.store.url}/"):
         raise UserError(f"{store.url} lies in the source itself: choose another destination")
-    names = store.names()
+    names = [name for name in store.names() if not PurePosixPath(name).name.startswith(TEMPORARY)]
     if MANIFEST in names and not overwrite:
         raise UserError(f"{store.url} already has a dataset: choose another destination, or add --overwrite")
     if names and MANIFEST not in names and BUILDING not in names:
         raise UserError(
             f"{store.url} is not empty and not a dataset ({names[0]}, …): choose another destination"
         )
-    ours = [name for name in names if _is_ours(name)]
+    ours = [name for name in store.names() if _is_ours(name)]
     # The manifest goes first and BUILDING comes before all else, so that a kill here is recognised too.
     store.write(BUILDING, b"{}\n")
     store.remove(sorted(ours, key=lambda name: name != MANIFEST))
 
 
 def _is_ours(name: str) -> bool:
-    path = PurePosixPath(name)
-    return (
-        name in (MANIFEST, SHARDS)
-        or (path.name.startswith("shard-") and path.suffix in (".tar", ".parquet"))
-        or path.name.startswith(".maestream-")
-    )
+    """Whether a build may remove it: nothing of other datasets that lie further down."""
+    folder, _, base = name.rpartition("/")
+    if folder == "":
+        return name in (MANIFEST, SHARDS) or fnmatch(base, "shard-*.tar") or base.startswith(TEMPORARY)
+    return folder == "index" and (fnmatch(base, "shard-*.parquet") or base.startswith(TEMPORARY))
 
 
 def _map_ahead(function: Callable[[T], R], inputs: Iterable[T]) -> Iterator[R]:
@@ -242,6 +243,10 @@ def read_tar(file: BinaryIO) -> list[dict[str, Any]]:
 def verify(dataset: Dataset, on_shard: Callable[[], None] = lambda: None) -> list[str]:
     """Read every byte and decode every image. Returns what is wrong, a line each; empty for a sound dataset."""
     problems: list[str] = []
+    if fingerprint(dataset.shard_content) != dataset.fingerprint:
+        problems.append(
+            f"{SHARDS}: its shards are not those of the manifest, or in another order (fingerprint differs)"
+        )
     for found in _map_ahead(lambda shard: _verify_shard(dataset, shard), range(dataset.manifest.shards)):
         problems += found
         on_shard()

@@ -48,6 +48,9 @@ def _folder(url: str) -> Source:
     names = store.names()
     if not names and not store.exists(""):
         raise UserError(f"{store.url}: no such folder")
+    for name in names:
+        if not name.isprintable() or any("\ud800" <= c <= "\udfff" for c in name):
+            raise UserError(f"{store.url}: the file name {name!a} is not printable UTF-8: rename it")
     images = [name for name in names if PurePosixPath(name).suffix.lower() in IMAGE_EXTENSIONS]
     if not images:
         raise UserError(f"{store.url} has no images in it (looked for {', '.join(IMAGE_EXTENSIONS)})")
@@ -84,7 +87,7 @@ def _synthetic(url: str) -> Source:
     for name, value in parse_qsl(urlsplit(url).query, keep_blank_values=True):
         if name not in options:
             raise UserError(f"{url}: unknown option {name}, known are {', '.join(options)}")
-        if not value.isdigit():
+        if not (value.isascii() and value.isdigit()):
             raise UserError(f"{url}: {name} must be a whole number, not {value!r}")
         options[name] = int(value)
     count, classes, seed = options.values()

@@ -23,6 +23,9 @@ from pipeline.errors import UserError
 
 READ_DEADLINE_S = 120  # how long one read is retried in all
 FIRST_DEADLINE_S = 5  # the same for the first read from a store, when a wrong name is likelier than a fault
+TEMPORARY = ".maestream-"  # names of files that are being written begin so; a kill may leave them
+UMASK = os.umask(0)  # the only way to read it is to set it, and it is the whole process's
+os.umask(UMASK)
 S3_OPTIONS = {
     # Objects are immutable here and folders change under us: a cached listing can only be wrong.
     "use_listings_cache": False,
@@ -115,10 +118,11 @@ class Store:
             return bool(self.fs.exists(self.path(name)))
 
     def names(self, prefix: str = "") -> list[str]:
-        """Names of all files below `prefix`, sorted; empty where there is nothing."""
+        """Names of all files below `prefix`, sorted; empty where there is nothing. Symbolic links are
+        followed. UserError where a folder may not be read."""
         try:
             with _explained(self.describe(prefix)):
-                found = self.fs.find(self.path(prefix))
+                found = list(_walk(self.path(prefix)) if self.is_local else self.fs.find(self.path(prefix)))
         except FileNotFoundError:
             return []
         return sorted(name.removeprefix(self.root).lstrip("/") for name in found)
@@ -132,21 +136,19 @@ class Store:
     def staging(self, name: str) -> Iterator[Path]:
         """A temporary local file that becomes `name` when the block ends without an error."""
         target = self.path(name)
-        if self.is_local:
-            with _explained(self.describe(name)):
+        with _explained(self.describe(name)):
+            if self.is_local:
                 Path(target).parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(
-            dir=os.path.dirname(target) if self.is_local else None, prefix=".maestream-", suffix=".tmp"
-        )
+            handle, temporary = tempfile.mkstemp(
+                dir=os.path.dirname(target) if self.is_local else None, prefix=TEMPORARY, suffix=".tmp"
+            )
         os.close(handle)
         path = Path(temporary)
         try:
             yield path
             with _explained(self.describe(name)):
                 if self.is_local:
-                    umask = os.umask(0)
-                    os.umask(umask)
-                    path.chmod(0o666 & ~umask)  # mkstemp makes files that nobody else may read
+                    path.chmod(0o666 & ~UMASK)  # mkstemp makes files that nobody else may read
                     with path.open("rb") as file:
                         os.fsync(file.fileno())
                     path.replace(target)
@@ -179,6 +181,21 @@ def open_store(url: str) -> Store:
     return Store(url, fs, root)
 
 
+def _walk(folder: str) -> Iterator[str]:
+    """Paths of all files below a local folder. FileNotFoundError, or what keeps a folder from being read."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for root, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
+        above = os.path.realpath(root) + os.sep
+        # A link to a folder above would be walked for ever.
+        folders[:] = [
+            f for f in folders if not above.startswith(os.path.realpath(os.path.join(root, f)) + os.sep)
+        ]
+        yield from (os.path.join(root, name) for name in files)
+
+
 @contextmanager
 def _explained(where: str) -> Iterator[None]:
     """Turn what only a person can mend into one message. FileNotFoundError is left to the caller."""
@@ -188,20 +205,28 @@ def _explained(where: str) -> Iterator[None]:
         if "bucket does not exist" in str(error):  # what S3 says of NoSuchBucket
             raise UserError(f"{where}: there is no such bucket: create it, or check its name") from error
         raise
-    except PermissionError as error:
-        raise UserError(
-            f"{where}: access refused ({error}). Check "
-            + (
-                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-                if where.startswith("s3://")
-                else "its owner and mode"
-            )
-        ) from error
-    except OSError as error:
-        if "bucket is not valid" not in str(error):
+    except (OSError, ValueError, botocore.exceptions.BotoCoreError, aiohttp.ClientError) as error:
+        if isinstance(error, ValueError) and "Invalid endpoint" not in str(error):
             raise
-        raise UserError(f"{where}: that cannot be a bucket's name") from error
-    except botocore.exceptions.NoCredentialsError as error:
-        raise UserError(f"{where}: no S3 keys: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from error
-    except (botocore.exceptions.EndpointConnectionError, aiohttp.ClientConnectorError) as error:
-        raise UserError(f"{where}: no answer ({error}). Check AWS_ENDPOINT_URL and the network") from error
+        raise UserError(f"{where}: {_advice(error, where.startswith('s3://'))}") from error
+
+
+def _advice(error: Exception, s3: bool) -> str:
+    """What an error of storage means, and what to do."""
+    what = " ".join(str(error).split()) or type(error).__name__
+    number = getattr(error, "errno", None)
+    if isinstance(error, PermissionError):
+        return f"access refused ({what}). Check " + (
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" if s3 else "its owner and mode"
+        )
+    if isinstance(error, NotADirectoryError | FileExistsError):
+        return "a part of that path is a file, not a folder"
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return "no space left: free some, and run it again"
+    if "bucket is not valid" in what:
+        return "that cannot be a bucket's name"
+    if "Credential" in type(error).__name__:
+        return f"no S3 keys ({what}): set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    if s3:
+        return f"the store does not answer as it should ({what}). Check AWS_ENDPOINT_URL, AWS_PROFILE and the network"
+    return f"cannot be read or written ({what})"

@@ -7,6 +7,7 @@ COMMITTED              written last: a checkpoint is committed when it is there
 """
 
 import json
+import re
 import threading
 from typing import Any
 
@@ -17,11 +18,12 @@ from torch import nn
 
 from pipeline.errors import UserError
 from pipeline.storage import Store
-from trainer.config import PretrainConfig
+from trainer.config import PretrainConfig, differences, parse_config
 from trainer.run import Run
 
 FOLDER = "checkpoints"
 MARKER = "COMMITTED"
+BACK = "remove its folder to go on from the checkpoint before"
 
 
 def _folder(step: int) -> str:
@@ -30,10 +32,17 @@ def _folder(step: int) -> str:
 
 def committed_steps(store: Store) -> list[int]:
     """Steps of the committed checkpoints, oldest first."""
-    names = store.names(FOLDER)
-    return sorted(
-        int(name.split("/")[1].removeprefix("step-")) for name in names if name.endswith(f"/{MARKER}")
-    )
+    found = (re.fullmatch(rf"{FOLDER}/step-(\d+)/{MARKER}", name) for name in store.names(FOLDER))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def check_finite(step: int, model: nn.Module) -> None:
+    """UserError if a weight is not finite: nothing may be committed then."""
+    if broken := [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
+        raise UserError(
+            f"after step {step} the weights are not finite ({broken[0]}, …); the last commit is from before that. "
+            "Start a new run with a lower optim.blr or a longer warm-up"
+        )
 
 
 class Checkpointer:
@@ -52,14 +61,9 @@ class Checkpointer:
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Commit the state after `step` steps. Waits for the copy off the device, not for the writing;
-        waits for the commit before this one. UserError, and nothing written, if a weight is not finite."""
+        waits for the commit before this one."""
         self.wait()
         weights = {name: _copy(tensor) for name, tensor in model.state_dict().items()}
-        if broken := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
-            raise UserError(
-                f"after step {step} the weights are not finite ({broken[0]}, …); nothing was written. "
-                "Resume from the last checkpoint with a lower learning rate in a new run"
-            )
         moments = {f"{name}/{key}": _copy(tensor) for name, key, tensor in _optimizer_state(model, optimizer)}
         self.thread = threading.Thread(target=self._write, args=(step, weights, moments), name="commit")
         self.thread.start()
@@ -87,11 +91,20 @@ class Checkpointer:
             }
             store.write(f"{folder}/state.json", json.dumps(state, indent=2).encode())
             store.write(f"{folder}/{MARKER}", b"")
-            for old in committed_steps(store)[: -self.config.checkpoint.keep]:
-                names = store.names(_folder(old))
-                store.remove(sorted(names, key=lambda name: not name.endswith(MARKER)))  # un-committed first
+            self._prune()
         except BaseException as error:  # it belongs to the training thread
             self.failure = error
+
+    def _prune(self) -> None:
+        """Remove all steps but the newest commits: older ones, and what a kill left of unfinished ones."""
+        store = self.run.store
+        kept = {_folder(step) for step in committed_steps(store)[-self.config.checkpoint.keep :]}
+        gone = [
+            name
+            for name in store.names(FOLDER)
+            if (match := re.match(rf"{FOLDER}/step-\d+(?=/)", name)) and match[0] not in kept
+        ]
+        store.remove(sorted(gone, key=lambda name: not name.endswith(MARKER)))  # un-committed first
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
@@ -130,23 +143,21 @@ def _load(store: Store, name: str) -> dict[str, torch.Tensor]:
     try:
         return load(store.read(name))
     except (SafetensorError, FileNotFoundError) as error:
-        raise UserError(
-            f"{store.describe(name)} is damaged or gone ({error}): remove its folder to go on from the "
-            "checkpoint before"
-        ) from None
+        raise UserError(f"{store.describe(name)} is damaged or gone ({error}): {BACK}") from None
 
 
 def check_state(store: Store, step: int, run: Run, fingerprint: str, config: PretrainConfig) -> None:
-    """UserError where a checkpoint is of another run, dataset or model than the one that wants it."""
-    state: dict[str, Any] = json.loads(store.read(f"{_folder(step)}/state.json"))
+    """UserError where a checkpoint is of another run, dataset or config than the one that wants it."""
+    where = store.describe(_folder(step))
+    try:
+        state: dict[str, Any] = json.loads(store.read(f"{_folder(step)}/state.json"))
+        before = parse_config(PretrainConfig, state["config"], where)
+        found = {"run_id": state["run_id"], "fingerprint": state["fingerprint"]}
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{where}/state.json is damaged or gone ({error}): {BACK}") from None
     wanted = {"run_id": run.run_id, "fingerprint": fingerprint}
-    for key, value in wanted.items():
-        if state[key] != value:
-            raise UserError(
-                f"{store.describe(_folder(step))} has {key} {state[key]}, this run has {value}: it was not "
-                "written by this run; remove it, or choose another --out"
-            )
-    if state["config"]["model"] != config.model.model_dump():
+    changed = [f"{key}: {found[key]} → {wanted[key]}" for key in wanted if found[key] != wanted[key]]
+    if changed := [*changed, *differences(before, config)]:
         raise UserError(
-            f"{store.describe(_folder(step))} is of another model than {store.describe('config.yaml')}"
+            f"{where} was not written by this run ({'; '.join(changed)}): remove it, or choose another --out"
         )

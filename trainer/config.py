@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from pipeline.decode import DecoderName
 from pipeline.errors import UserError
@@ -20,6 +28,14 @@ NotNegative = Annotated[float, Field(ge=0)]
 
 class _Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _yes_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("a yes or no does not belong here")
+        return value
 
 
 class ModelConfig(_Config):
@@ -105,6 +121,14 @@ class PretrainConfig(_Config):
     optim: OptimConfig = OptimConfig()
     data: DataConfig = DataConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> "PretrainConfig":
+        if self.optim.warmup_epochs > self.epochs:
+            raise ValueError(
+                f"optim.warmup_epochs {self.optim.warmup_epochs:g} is longer than the run's {self.epochs:g} epochs"
+            )
+        return self
 
 
 # What may differ when a run is resumed: how it is run, not what it computes.

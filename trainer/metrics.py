@@ -24,19 +24,18 @@ class Metrics:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.local = run.store.is_local
-        folder = Path(run.store.root if self.local else tempfile.mkdtemp(prefix="maestream-metrics-"))
-        folder.mkdir(parents=True, exist_ok=True)
+        self.spool = None if self.local else tempfile.TemporaryDirectory(prefix="maestream-metrics-")
+        folder = Path(self.spool.name if self.spool else run.store.root)
         self.rows = folder / METRICS
         if self.rows.exists() and not self.rows.read_bytes().endswith(b"\n"):
             with self.rows.open("a") as file:  # end the line that a kill cut short
                 file.write("\n")
         self.events = folder / "tensorboard"
-        self.tensorboard = self._open()
+        self.tensorboard = self._open(part=0)
 
-    def _open(self) -> SummaryWriter:
-        return SummaryWriter(
-            str(self.events), filename_suffix=f".attempt{self.run.attempt:04d}", flush_secs=30
-        )
+    def _open(self, part: int) -> SummaryWriter:
+        suffix = f".attempt-{self.run.attempt:04d}-{part:08d}"
+        return SummaryWriter(str(self.events), filename_suffix=suffix, flush_secs=30)
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Add rows, a step each."""
@@ -58,16 +57,18 @@ class Metrics:
         for events in self.events.iterdir():
             self.run.store.write(f"tensorboard/{events.name}", events.read_bytes())
             events.unlink()
-        self.tensorboard = self._open()
+        self.tensorboard = self._open(part=step)
 
     def close(self, step: int) -> None:
         self.commit(step)
         self.tensorboard.close()
+        if self.spool:
+            self.spool.cleanup()
 
 
 def read_metrics(store: Store) -> list[dict[str, Any]]:
     """A row for each step of the history, in order: of a step that was redone, the last attempt's."""
-    names = [METRICS] if store.is_local else store.names("metrics")
+    names = [METRICS] if store.exists(METRICS) else store.names("metrics")  # none yet, if neither
     rows: dict[int, dict[str, Any]] = {}
     for name in names:
         for line in store.read(name).decode().splitlines():

@@ -18,7 +18,14 @@ from pipeline.decode import make_decoder
 from pipeline.errors import UserError
 from pipeline.loader import Loader, TrainBatch
 from pipeline.manifest import Dataset
-from trainer.checkpoint import Checkpointer, check_state, committed_steps, load_optimizer, load_weights
+from trainer.checkpoint import (
+    Checkpointer,
+    check_finite,
+    check_state,
+    committed_steps,
+    load_optimizer,
+    load_weights,
+)
 from trainer.config import PretrainConfig
 from trainer.mae import MAE
 from trainer.masks import mask_noise
@@ -57,9 +64,8 @@ def pretrain(config: PretrainConfig, dataset: Dataset, run: Run) -> None:
     # ---- where we are
     order = make_order(config, dataset)
     total_steps = max(1, round(config.epochs * order.steps_per_epoch))
-    start = 0
-    if commits := committed_steps(run.store):
-        start = commits[-1]
+    start = _newest_commit(run)
+    if start:
         check_state(run.store, start, run, dataset.fingerprint, config)
         load_weights(run.store, start, model)
         load_optimizer(run.store, start, model, optimizer)
@@ -131,6 +137,7 @@ def pretrain(config: PretrainConfig, dataset: Dataset, run: Run) -> None:
             # ---- commit
             overdue = now - committed > config.checkpoint.every_minutes * 60 and not checkpointer.busy
             if due or last or overdue:
+                check_finite(done, model)
                 metrics.commit(done)
                 picture(done)
                 checkpointer.save(done, model, optimizer)
@@ -142,6 +149,15 @@ def pretrain(config: PretrainConfig, dataset: Dataset, run: Run) -> None:
     if metrics is not None:
         metrics.close(total_steps)
     loader.close()
+
+
+def _newest_commit(run: Run) -> int:
+    """The step of the newest commit, 0 if there is none. Rank 0 looks, so that all ranks agree."""
+    newest = max(committed_steps(run.store), default=0) if run.rank == 0 else 0
+    step = torch.tensor(newest, device=run.device)
+    if run.world_size > 1:
+        dist.broadcast(step, src=0)
+    return int(step)
 
 
 def train_step(

@@ -8,6 +8,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from pipeline.decode import Decoder
+from pipeline.errors import UserError
 from pipeline.loader import Batch, centred_batch
 from pipeline.manifest import Dataset
 from trainer.mae import MAE
@@ -25,15 +26,16 @@ class Reconstruction:
     masked: torch.Tensor  # masked patches grey
     pasted: torch.Tensor  # the reconstruction, with the visible patches as they are
     error: float  # mean squared error over masked patches, in the model's target space
-    mean_fill_error: float  # the same of filling with the mean of the visible pixels, per image and colour
+    baseline: float  # the same of filling with a mean, see `reconstruct`
 
 
 @torch.no_grad()
 def reconstruct(model: MAE, images: torch.Tensor, sample_ids: torch.Tensor, seed: int) -> Reconstruction:
     """Mask and reconstruct uint8[n, 3, image_size, image_size].
 
-    A model trained on normalised patches does not know a patch's mean and variance: for the picture they are
-    taken from the original (the error is in normalised space, and its baseline predicts zero variation).
+    The baseline fills masked patches with the mean of the image's visible pixels, per colour. A model trained
+    on normalised patches does not know a patch's mean and variance: for the picture they are taken from the
+    original, the error is in normalised space, and its baseline is each patch's own mean.
     """
     was_training = model.training
     model.eval()
@@ -56,7 +58,7 @@ def reconstruct(model: MAE, images: torch.Tensor, sample_ids: torch.Tensor, seed
         mean = (colours * seen).sum(dim=(1, 2)) / (seen.sum(dim=(1, 2)) * colours.shape[2])  # [n, 3]
         baseline = mean[:, None, None, :].expand_as(colours).flatten(-2)
         shown = prediction
-    mean_fill_error = (baseline - target)[hidden].square().mean().item()
+    baseline_error = (baseline - target)[hidden].square().mean().item()
 
     def to_pixels(patches: torch.Tensor) -> torch.Tensor:
         image = model.unpatchify(patches) * model.pixel_std + model.pixel_mean
@@ -70,14 +72,20 @@ def reconstruct(model: MAE, images: torch.Tensor, sample_ids: torch.Tensor, seed
         masked=torch.where(where, torch.tensor(GREY, dtype=torch.uint8), originals),
         pasted=torch.where(where, to_pixels(shown), originals),
         error=error,
-        mean_fill_error=mean_fill_error,
+        baseline=baseline_error,
     )
 
 
 def evenly_spread(dataset: Dataset, decoder: Decoder, count: int) -> Batch:
-    """`count` samples spread evenly over a dataset, through their centre crops."""
+    """Up to `count` samples spread evenly over a dataset, through their centre crops; bad ones are left out."""
     ids = np.unique(np.linspace(0, dataset.samples - 1, min(count, dataset.samples)).astype(np.int64))
-    return centred_batch(dataset, decoder, ids)
+    batch = centred_batch(dataset, decoder, ids)
+    good = batch.weights > 0
+    if not good.any():
+        raise UserError(
+            f"{dataset.store.url}: none of {len(ids)} samples decodes; run `maestream shards verify`"
+        )
+    return Batch(batch.images[good], batch.labels[good], batch.sample_ids[good], batch.weights[good])
 
 
 def draw_grid(result: Reconstruction, columns: int = 2, rows: int = 6) -> bytes:

@@ -20,7 +20,7 @@ from pipeline.cache import CHUNK_BYTES
 from pipeline.errors import UserError
 from pipeline.manifest import Dataset
 from pipeline.order import Order, default_block, default_lanes
-from pipeline.storage import FIRST_DEADLINE_S, Store, open_store
+from pipeline.storage import FIRST_DEADLINE_S, TEMPORARY, Store, open_store
 from trainer.config import PretrainConfig, differences, dump_config, parse_config
 
 CONFIG = "config.yaml"
@@ -62,7 +62,7 @@ def make_order(config: PretrainConfig, dataset: Dataset) -> Order:
 
 
 def open_run(url: str, config: PretrainConfig, dataset: Dataset) -> tuple[PretrainConfig, Run]:
-    """Start a run in a new folder, or take up the one that is there with the next attempt.
+    """A run in a new folder, or the next attempt of the one that is there. Writes nothing: `begin_attempt` does.
 
     Returns the config as fixed when the run first started, and the run (rank 0 of 1).
     UserError where the folder belongs to another dataset or config, or is something else.
@@ -70,13 +70,14 @@ def open_run(url: str, config: PretrainConfig, dataset: Dataset) -> tuple[Pretra
     store = open_store(url)
     try:
         known = json.loads(store.read(RUN, FIRST_DEADLINE_S))
+        run_id, fingerprint, attempt = known["run_id"], known["fingerprint"], known["attempt"]
     except FileNotFoundError:
         return _new_run(store, config, dataset)
-    except (ValueError, NotADirectoryError) as error:
-        raise UserError(f"{store.describe(RUN)} cannot be read ({error}): choose another --out") from None
-    if known["fingerprint"] != dataset.fingerprint:
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{store.describe(RUN)} is damaged ({error}): choose another --out") from None
+    if fingerprint != dataset.fingerprint:
         raise UserError(
-            f"{store.url} was started with another dataset (fingerprint {known['fingerprint'][:12]}, "
+            f"{store.url} was started with another dataset (fingerprint {fingerprint[:12]}, "
             f"{dataset.store.url} has {dataset.fingerprint[:12]}): give that one, or another --out"
         )
     before = read_config(store)
@@ -96,22 +97,20 @@ def open_run(url: str, config: PretrainConfig, dataset: Dataset) -> tuple[Pretra
             "these are fixed for a run, so give the old values, or another --out"
         )
     make_order(fixed, dataset).lanes_of(0, fixed.workers)
-    run = Run(store, known["run_id"], known["attempt"] + 1)
-    _write(run, dataset)
-    return fixed, run
+    return fixed, Run(store, run_id, attempt + 1)
 
 
 def _new_run(store: Store, config: PretrainConfig, dataset: Dataset) -> tuple[PretrainConfig, Run]:
-    if names := [name for name in store.names() if name != CONFIG]:  # a start may have been killed there
+    ours = (CONFIG, TEMPORARY)  # a start may have been killed here
+    if names := [name for name in store.names() if not name.startswith(ours)]:
         raise UserError(f"{store.url} is not empty and not a run ({names[0]}, …): choose another --out")
-    fixed = fix_order(config, dataset)
-    run = Run(store, uuid.uuid4().hex, attempt=1)
-    store.write(CONFIG, dump_config(fixed).encode())
-    _write(run, dataset)
-    return fixed, run
+    return fix_order(config, dataset), Run(store, uuid.uuid4().hex, attempt=1)
 
 
-def _write(run: Run, dataset: Dataset) -> None:
+def begin_attempt(config: PretrainConfig, run: Run, dataset: Dataset) -> None:
+    """Write what `open_run` found into the run's folder: from now on it is this run's."""
+    if run.attempt == 1:
+        run.store.write(CONFIG, dump_config(config).encode())
     text = json.dumps({"run_id": run.run_id, "fingerprint": dataset.fingerprint, "attempt": run.attempt})
     run.store.write(RUN, (text + "\n").encode())
 
@@ -122,6 +121,6 @@ def read_config(store: Store) -> PretrainConfig:
         tree = yaml.safe_load(store.read(CONFIG, FIRST_DEADLINE_S))
     except FileNotFoundError:
         raise UserError(f"{store.url} is not a run: it has no {CONFIG}") from None
-    except (NotADirectoryError, yaml.YAMLError) as error:
+    except yaml.YAMLError as error:
         raise UserError(f"{store.describe(CONFIG)} cannot be read ({error})") from None
     return parse_config(PretrainConfig, tree, store.describe(CONFIG))

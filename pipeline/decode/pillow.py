@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from pipeline.decode import Decoded, Encoded
+from pipeline.errors import why_undecodable
 
 
 class PillowDecoder:
@@ -29,7 +30,7 @@ class PillowDecoder:
                 images[i] = np.asarray(self._crop(encoded[i], *boxes[i].tolist(), flip=bool(flips[i])))
             except Exception as error:  # damaged bytes make Pillow raise nearly anything
                 images[i] = 0
-                return str(error) or type(error).__name__
+                return why_undecodable(error)
             return None
 
         reasons = enumerate(self.pool.map(decode, range(len(encoded))))
@@ -41,7 +42,10 @@ class PillowDecoder:
             if x + width > image.width or y + height > image.height:
                 raise ValueError(f"it is {image.width} × {image.height}, smaller than its crop")
             # Crop before resizing: `resize(box=…)` would let the filter see pixels outside the crop.
-            crop = image.crop((x, y, x + width, y + height)).convert("RGB")
+            crop = image.crop((x, y, x + width, y + height))
+        if crop.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips it to white
+            crop = Image.fromarray((np.asarray(crop) >> 8).astype(np.uint8))
+        crop = crop.convert("RGB")
         crop = crop.resize((self.size, self.size), Image.Resampling.BICUBIC)
         return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else crop
 

@@ -89,7 +89,9 @@ def test_sources_and_destinations_that_are_refused(scenes: Dataset, tmp_path: Pa
     assert "does not decode" in build(tmp_path / "torn", tmp_path / "out", "--strict")
     assert "gs://" in build("gs://bucket/x", tmp_path / "o")
     (tmp_path / "file").write_text("x")
-    assert "file" in build("synthetic:?count=1", tmp_path / "file")
+    assert "is a file" in build("synthetic:?count=1", tmp_path / "file")
+    assert "is a file" in build("synthetic:?count=1", tmp_path / "file" / "below")
+    assert "is a file" in build(tmp_path / "file", tmp_path / "out")
     maestream("shards", "build", tmp_path / "torn", tmp_path / "out")  # and after that it is built
 
 

@@ -84,6 +84,16 @@ def test_bad_images_keep_their_place_and_do_not_spoil_the_others(decoder: Decode
     assert (decoder(images, boxes, flips).images == sound).all()
 
 
+def test_16_bit_png_is_scaled_not_clipped(decoder: Decoder) -> None:
+    ramp = np.linspace(0, 65535, 200 * 300).reshape(200, 300).astype(np.uint16)
+    buffer = io.BytesIO()
+    Image.fromarray(ramp).save(buffer, "PNG")
+    image = decoder([buffer.getvalue()], np.array([[0, 0, 200, 300]]), np.array([False])).images[0].float()
+    assert abs(float(image.mean()) - 127.5) < 2
+    assert image.min() < 3
+    assert image.max() > 252
+
+
 def test_greyscale_becomes_rgb(decoder: Decoder) -> None:
     buffer = io.BytesIO()
     Image.open(io.BytesIO(draw_scene(0, 0, 3))).convert("L").save(buffer, "JPEG")

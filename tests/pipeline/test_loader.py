@@ -2,12 +2,15 @@
 
 import logging
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from pipeline import cache, loader
 from pipeline.cache import CHUNK_BYTES, ChunkCache
 from pipeline.decode import make_decoder
 from pipeline.errors import UserError
@@ -24,8 +27,8 @@ def make_loader(dataset: Dataset, rank: int = 0, world_size: int = 1, **order: i
 
 
 def test_steps_are_batches_in_order(scenes: Dataset) -> None:
-    loader = make_loader(scenes)
-    batches = list(loader.steps(3, 14))
+    reader = make_loader(scenes)
+    batches = list(reader.steps(3, 14))
     assert [batch.step for batch in batches] == list(range(3, 14))
     assert [batch.epoch for batch in batches] == [step // 5 for step in range(3, 14)]
     again = make_loader(scenes)
@@ -50,32 +53,48 @@ def test_every_world_size_sees_the_same_pixels(scenes: Dataset, world_size: int)
 
 
 def test_leaving_early_ends_its_threads(scenes: Dataset) -> None:
-    loader = make_loader(scenes)
-    for batch in loader.steps(0, 10):
+    before = threading.active_count()
+    reader = make_loader(scenes)
+    for batch in reader.steps(0, 10):
         if batch.step == 2:
             break
-    loader.close()
+    assert threading.active_count() > before
+    reader.close()
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
 
 
-def test_each_byte_is_fetched_about_once_an_epoch(scenes: Dataset) -> None:
-    loader = make_loader(scenes)
-    for _ in loader.steps(0, loader.order.steps_per_epoch):
-        pass
-    shards = int(scenes.shard_bytes.sum())
-    assert loader.cache.fetched_bytes <= shards
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_each_byte_is_fetched_about_once_an_epoch(
+    scenes: Dataset, monkeypatch: pytest.MonkeyPatch, world_size: int
+) -> None:
+    """With a cache that holds a part of the dataset alone."""
+    for module in (cache, loader):
+        monkeypatch.setattr(module, "CHUNK_BYTES", 1 << 15)
+    dataset_bytes, fetched = int(scenes.shard_bytes.sum()), 0
+    for rank in range(world_size):
+        reader = make_loader(scenes, rank, world_size, lanes=3, global_batch=3)
+        assert reader.cache.capacity * (1 << 15) * world_size < dataset_bytes / 2
+        for _ in reader.steps(0, reader.order.steps_per_epoch):
+            pass
+        fetched += reader.cache.fetched_bytes
+        reader.close()
+    assert 0.9 * dataset_bytes < fetched <= 1.1 * dataset_bytes
 
 
 def test_the_cache_is_bounded_and_right_at_any_size(scenes: Dataset) -> None:
     located = scenes.locate(np.random.default_rng(0).permutation(scenes.samples))
     whole = [scenes.store.read(scenes.shard_name(s)) for s in range(scenes.manifest.shards)]
     for capacity in (0, 3 * CHUNK_BYTES, 100 * CHUNK_BYTES):
-        cache = ChunkCache(scenes, capacity)
+        chunks = ChunkCache(scenes, capacity)
         for data, s, o, n in zip(
-            cache.read(located), located.shard, located.offset, located.size, strict=True
+            chunks.read(located), located.shard, located.offset, located.size, strict=True
         ):
             assert bytes(data) == whole[s][o : o + n]
-        assert len(cache.chunks) <= max(2, capacity // CHUNK_BYTES)
-        cache.close()
+        assert len(chunks.chunks) <= max(2, capacity // CHUNK_BYTES)
+        chunks.close()
 
 
 def damage(dataset: Dataset, tmp_path: Path, sample: int) -> Dataset:
@@ -94,9 +113,9 @@ def test_a_changed_byte_is_a_bad_sample_with_weight_0_and_a_name(
 ) -> None:
     ids = make_loader(scenes).order.step_ids(0)
     victim = int(ids[5])
-    loader = make_loader(damage(scenes, tmp_path, victim))
+    reader = make_loader(damage(scenes, tmp_path, victim))
     with caplog.at_level(logging.WARNING, "maestream"):
-        batch = loader.batch(0)
+        batch = reader.batch(0)
     sound = make_loader(scenes).batch(0)
     assert batch.weights.tolist() == [1.0] * 5 + [0.0] + [1.0] * 6
     assert (batch.images[5] == 0).all()

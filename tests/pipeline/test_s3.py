@@ -1,5 +1,7 @@
 """The same through a real S3 server, and what a person is told when it refuses."""
 
+import os
+
 import numpy as np
 import pytest
 from conftest import build_dataset, refused
@@ -67,5 +69,7 @@ def test_what_a_bucket_refuses_is_one_message(remote: Dataset, s3: str) -> None:
         assert "access refused" in message
         assert "AWS_SECRET_ACCESS_KEY" in message
         assert "wrong-key-1234" not in message
-    message = refused("shards", "show", f"{s3}/scenes", AWS_ENDPOINT_URL="http://127.0.0.1:9")
-    assert "Check AWS_ENDPOINT_URL" in message
+    secure = os.environ["AWS_ENDPOINT_URL"].replace("http:", "https:")
+    for endpoint in ("http://127.0.0.1:9", "localhost:9000", secure):
+        message = refused("shards", "show", f"{s3}/scenes", AWS_ENDPOINT_URL=endpoint)
+        assert "Check AWS_ENDPOINT_URL" in message

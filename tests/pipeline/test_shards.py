@@ -1,13 +1,16 @@
 """Shards are plain WebDataset, a build is repeatable, and damage is found and named."""
 
+import contextlib
 import io
 import json
+import os
 import random
 import shutil
 import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import webdataset
 from conftest import build_dataset
@@ -167,7 +170,13 @@ def test_sources_that_are_refused(tmp_path: Path) -> None:
     (tmp_path / "flat.jpg").write_bytes(draw_scene(0, 0, 0))
     with pytest.raises(UserError, match="both in class folders"):
         open_source(str(tmp_path))
-    for url in ("synthetic:?count=0", "synthetic:?classes=99", "synthetic:?colour=red", "synthetic:?count=x"):
+    for url in (
+        "synthetic:?count=0",
+        "synthetic:?count=²",
+        "synthetic:?classes=99",
+        "synthetic:?colour=red",
+        "synthetic:?count=x",
+    ):
         with pytest.raises(UserError, match="synthetic"):
             open_source(url)
 
@@ -190,6 +199,54 @@ def test_verify_finds_every_kind_of_damage(scenes: Dataset, tmp_path: Path) -> N
     assert any("the manifest says" in problem for problem in verify(dataset))
     shard.unlink()
     assert verify(dataset) == [f"{shard.name}: missing"]
+
+
+def test_a_damaged_index_or_table_is_named_never_a_crash(scenes: Dataset, tmp_path: Path) -> None:
+    rng = random.Random(0)
+    shutil.copytree(scenes.store.root, tmp_path / "copy")
+    for name in ("index/shard-000001.parquet", "shards.parquet"):
+        path = tmp_path / "copy" / name
+        sound = path.read_bytes()
+        for _ in range(60):
+            at = rng.randrange(len(sound))
+            path.write_bytes(sound[:at] + bytes([sound[at] ^ (1 << rng.randrange(8))]) + sound[at + 1 :])
+            with contextlib.suppress(UserError):  # anything else is a crash
+                verify(open_dataset(str(tmp_path / "copy")))
+        path.write_bytes(sound)
+    assert verify(open_dataset(str(tmp_path / "copy"))) == []
+    table = pq.read_table(tmp_path / "copy" / "shards.parquet")
+    pq.write_table(table.take(list(reversed(range(len(table))))), tmp_path / "copy" / "shards.parquet")
+    assert "fingerprint differs" in verify(open_dataset(str(tmp_path / "copy")))[0]
+
+
+def test_linked_class_folders_are_followed(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "bee").rename(tmp_path / "elsewhere" / "bee")
+    (folder / "bee").symlink_to(tmp_path / "elsewhere" / "bee")
+    (folder / "cat" / "loop").symlink_to(folder)
+    source = open_source(str(folder))
+    assert source.classes == ["ant", "bee", "cat"]
+    assert len(source.items) == 7
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may read everything")
+def test_a_class_folder_that_may_not_be_read_is_an_error(folder: Path) -> None:
+    (folder / "bee").chmod(0)
+    try:
+        with pytest.raises(UserError, match="access refused"):
+            open_source(str(folder))
+    finally:
+        (folder / "bee").chmod(0o755)
+
+
+def test_replacing_a_dataset_leaves_what_lies_beside_and_below(tmp_path: Path) -> None:
+    outer, inner = tmp_path / "data", tmp_path / "data" / "held-out"
+    build_dataset("synthetic:?count=6", str(outer), 100_000)
+    build_dataset("synthetic:?count=4&seed=1", str(inner), 100_000)
+    (outer / "README").write_text("mine")
+    build_dataset("synthetic:?count=5", str(outer), 100_000, overwrite=True)
+    assert verify(open_dataset(str(outer))) == verify(open_dataset(str(inner))) == []
+    assert (outer / "README").read_text() == "mine"
 
 
 def test_manifests_that_are_refused(scenes: Dataset, tmp_path: Path) -> None:

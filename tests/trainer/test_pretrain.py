@@ -1,6 +1,5 @@
 """Promise 4: the global batch never changes; and a run goes on where its last commit was."""
 
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from trainer.checkpoint import committed_steps
 from trainer.config import PretrainConfig, parse_config
 from trainer.metrics import read_metrics
 from trainer.pretrain import pretrain
-from trainer.run import Run, open_run
+from trainer.run import Run, begin_attempt, open_run
 
 SMALL: dict[str, Any] = {
     "global_batch": 12,
@@ -40,6 +39,7 @@ def config_of(**changes: Any) -> PretrainConfig:
 def train(dataset: Dataset, out: Path, rank: int = 0, world_size: int = 1, **changes: Any) -> Run:
     config = config_of(**changes)
     config, run = open_run(str(out), config, dataset)
+    begin_attempt(config, run, dataset)
     pretrain(config, dataset, Run(run.store, run.run_id, run.attempt))
     return run
 
@@ -127,6 +127,23 @@ def test_the_newest_commits_are_kept(scenes: Dataset, tmp_path: Path) -> None:
     ]
 
 
+def test_what_a_kill_left_of_a_commit_goes_with_the_next(scenes: Dataset, tmp_path: Path) -> None:
+    changes = {"checkpoint": {"every_steps": 5, "keep": 2}}
+    run = train(scenes, tmp_path / "run", **changes)
+    folder = tmp_path / "run" / "checkpoints"
+    (folder / "step-00000030" / "COMMITTED").unlink()
+    (folder / "step-00000007").mkdir()
+    (folder / "step-00000007" / "model.safetensors").write_bytes(b"half")
+    shutil.copytree(folder / "step-00000025", folder / "step-00000025.bak")  # somebody's own
+    assert committed_steps(run.store) == [25]
+    train(scenes, tmp_path / "run", **changes)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "step-00000025",
+        "step-00000025.bak",
+        "step-00000030",
+    ]
+
+
 def test_a_finished_run_does_nothing_more(scenes: Dataset, tmp_path: Path) -> None:
     train(scenes, tmp_path / "run")
     before = weights(tmp_path / "run")
@@ -145,14 +162,22 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_written(scenes: Data
             checkpoint={"every_steps": 4},
         )
     store = open_store(str(tmp_path / "run"))
-    for step in committed_steps(store):  # whatever was committed before is sound
-        assert step < 8
-        assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
-    assert (
-        all(math.isfinite(row["loss"]) for row in read_metrics(store))
-        if store.exists("metrics.jsonl")
-        else True
-    )
+    assert committed_steps(store) == []
+    assert read_metrics(store) == []
+
+
+def test_weights_that_are_not_finite_are_never_committed(scenes: Dataset, tmp_path: Path) -> None:
+    """A step whose loss is finite may still have broken the weights."""
+    with pytest.raises(UserError, match="after step 1 the weights are not finite"):
+        train(
+            scenes,
+            tmp_path / "run",
+            precision="float32",
+            optim={"blr": 1e45, "warmup_epochs": 0},
+            checkpoint={"every_steps": 1},
+        )
+    assert committed_steps(open_store(str(tmp_path / "run"))) == []
+    assert not (tmp_path / "run" / "pictures" / "step-00000001.png").exists()
 
 
 def test_what_a_run_refuses(scenes: Dataset, tmp_path: Path) -> None:
@@ -177,6 +202,12 @@ def test_what_a_run_refuses(scenes: Dataset, tmp_path: Path) -> None:
     state = (checkpoint / "state.json").read_text()
     (checkpoint / "state.json").write_text(state.replace(scenes.fingerprint, "0" * 64))
     with pytest.raises(UserError, match="was not written by this run"):
+        train(scenes, tmp_path / "run", epochs=1)
+    (checkpoint / "state.json").write_text(state.replace('"block": 8', '"block": 9'))
+    with pytest.raises(UserError, match=r"data\.block: 9 → 8"):
+        train(scenes, tmp_path / "run", epochs=1)
+    (checkpoint / "state.json").write_text(state[:100])
+    with pytest.raises(UserError, match=r"state\.json is damaged"):
         train(scenes, tmp_path / "run", epochs=1)
     (checkpoint / "state.json").write_text(state)
     data = (checkpoint / "model.safetensors").read_bytes()
