@@ -7,7 +7,9 @@ group, and tells what became of them.
 import logging
 import os
 import shutil
+import socket
 from typing import Any
+from urllib.parse import urlsplit
 
 import click
 import ray
@@ -64,11 +66,8 @@ def _start_ray(workers: int) -> None:
     address = os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address:
-        try:
-            ray.init(address=address, **options)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            what = " ".join(str(error).split())
-            raise UserError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({what})") from None
+        _check_reachable(address)
+        ray.init(address=address, **options)
     else:
         cores = max(available_cores(), workers)
         ray.init(
@@ -85,6 +84,16 @@ def _start_ray(workers: int) -> None:
         )
     if 0 < have.get("GPU", 0) < workers:
         raise UserError(f"{workers} workers need a GPU each, the cluster has {have['GPU']:g}: lower workers")
+
+
+def _check_reachable(address: str) -> None:
+    """UserError where nothing listens at host:port or ray://host:port; Ray itself would try for many minutes."""
+    target = urlsplit(address if "://" in address else f"ray://{address}")
+    if target.hostname and target.port:
+        try:
+            socket.create_connection((target.hostname, target.port), timeout=10).close()
+        except OSError as error:
+            raise UserError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({error})") from None
 
 
 def _fit(config: PretrainConfig, data: str, run: Run, console: Console) -> None:
@@ -112,6 +121,9 @@ def _fit(config: PretrainConfig, data: str, run: Run, console: Console) -> None:
     try:
         with watch(mailbox, console):
             trainer.fit()
+    except SystemExit:  # Ray's answer to Ctrl-C
+        console.print("interrupted: the same command again goes on from the last commit")
+        raise KeyboardInterrupt from None
     except ray.train.TrainingFailedError as error:
         if cause := _user_error(error):
             raise cause from None

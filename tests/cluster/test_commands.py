@@ -104,6 +104,11 @@ def test_datasets_that_are_refused(scenes: Dataset, tmp_path: Path) -> None:
     assert "not divisible by the lanes" in pretrain(scenes.store.url, "data.lanes=7")
     assert "use at most 16 workers" in pretrain(scenes.store.url, "workers=17")
     assert "did you mean epochs?" in pretrain(scenes.store.url, "epoch=7")
+    message = refused(
+        "pretrain", "--config", TINY, "--data", scenes.store.url, "--out", tmp_path / "run",
+        RAY_ADDRESS="127.0.0.1:9",
+    )  # fmt: skip
+    assert "no Ray cluster answers there" in message
     assert not (tmp_path / "run").exists()  # nothing is left of what was refused
     shutil.copytree(scenes.store.root, tmp_path / "newer")
     manifest = tmp_path / "newer" / "manifest.json"

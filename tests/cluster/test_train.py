@@ -58,7 +58,7 @@ def losses(url: object) -> list[float]:
 def kill_at(step: int, command: tuple[object, ...], out: Path, a_worker: bool = False) -> None:
     """Start a run, and SIGKILL it, or one of its workers, once its metrics reach `step`."""
     program = Path(sys.executable).with_name("maestream")
-    process = subprocess.Popen([program, *map(str, command)], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([program, *map(str, command)])
     deadline = time.monotonic() + 120
     try:
         while time.monotonic() < deadline:
@@ -69,12 +69,16 @@ def kill_at(step: int, command: tuple[object, ...], out: Path, a_worker: bool = 
         else:
             pytest.fail(f"no step {step} in two minutes")
     finally:
-        if a_worker and process.poll() is None:
-            os.kill(_worker_of(process.pid), signal.SIGKILL)
+        workers = _workers_of(process.pid)
+        if a_worker and workers:
+            os.kill(workers[0], signal.SIGKILL)
             assert process.wait(60) == 1
         else:
             process.send_signal(signal.SIGKILL)
             process.wait()
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):  # they follow within seconds
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_been(
@@ -99,11 +103,12 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
 def test_killed_again_and_again(recipe: Path, scenes: Dataset, tmp_path: Path, workers: str) -> None:
     """Ten kills at random steps, of the driver and of a worker in turn; the joined run is bit-equal."""
     rng = random.Random(0)
-    maestream(*words(recipe, scenes.store.url, tmp_path / "whole", workers))
-    command = words(recipe, scenes.store.url, tmp_path / "run", workers)
+    longer = (workers, "epochs=600")  # workers that lost their driver train on for a second or two
+    maestream(*words(recipe, scenes.store.url, tmp_path / "whole", *longer))
+    command = words(recipe, scenes.store.url, tmp_path / "run", *longer)
     for kill in range(10):
         done = len(losses(tmp_path / "run")) if kill else 0
-        kill_at(min(done + rng.randrange(1, 30), 190), command, tmp_path / "run", a_worker=kill % 2 == 1)
+        kill_at(done + rng.randrange(1, 80), command, tmp_path / "run", a_worker=kill % 2 == 1)
     maestream(*command)
     rows = read_metrics(open_store(str(tmp_path / "run")))
     assert rows[-1]["attempt"] == 11
@@ -125,7 +130,7 @@ def test_the_same_run_from_and_to_a_bucket(
     out = maestream(
         "reconstruct", store.url, "--data", remote.store.url, "--grid", f"{s3}/r.png", "--count", 8
     ).stdout
-    assert "step 200: masked-pixel error" in out
+    assert "step 200: error over masked" in out
     assert open_store(s3).read("r.png").startswith(b"\x89PNG")
 
 
@@ -142,22 +147,23 @@ def test_what_only_a_person_can_mend_stops_all_ranks_with_exit_code_2(
     assert "another dataset" in refused(*words(recipe, other.store.url, tmp_path / "run"))
 
 
-def _worker_of(driver: int) -> int:
-    """The process of one of a driver's training workers."""
+def _workers_of(driver: int) -> list[int]:
+    """The processes of a driver's training workers."""
     parents = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    workers = []
     for pid in parents:
         above = pid
         while above in parents and above != driver:
             above = parents[above]
         if above == driver:
             with contextlib.suppress(OSError):
-                if b"RayTrainWorker" in (Path("/proc") / str(pid) / "cmdline").read_bytes():
-                    return pid
-    pytest.fail("no worker found")
+                if b"RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    workers.append(pid)
+    return workers
 
 
 def test_nothing_is_left_running(whole: Path) -> None:
