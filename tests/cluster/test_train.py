@@ -55,8 +55,8 @@ def losses(url: object) -> list[float]:
     return [row["loss"] for row in read_metrics(open_store(str(url)))]
 
 
-def kill_at(step: int, command: tuple[object, ...], out: Path, a_worker: bool = False) -> None:
-    """Start a run, and SIGKILL it, or one of its workers, once its metrics reach `step`."""
+def kill_at(step: int, command: tuple[object, ...], out: Path, victims: str) -> None:
+    """Start a run; once its metrics reach `step`, SIGKILL its driver, a worker, or all of these."""
     program = Path(sys.executable).with_name("maestream")
     process = subprocess.Popen([program, *map(str, command)])
     deadline = time.monotonic() + 120
@@ -70,12 +70,10 @@ def kill_at(step: int, command: tuple[object, ...], out: Path, a_worker: bool = 
             pytest.fail(f"no step {step} in two minutes")
     finally:
         workers = _workers_of(process.pid)
-        if a_worker and workers:
-            os.kill(workers[0], signal.SIGKILL)
-            assert process.wait(60) == 1
-        else:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+        chosen = {"driver": [process.pid], "worker": workers[:1], "all": [*workers, process.pid]}
+        for pid in chosen[victims]:
+            os.kill(pid, signal.SIGKILL)
+        assert process.wait(60) == (1 if victims == "worker" else -signal.SIGKILL)
     while any(Path(f"/proc/{worker}").exists() for worker in workers):  # they follow within seconds
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -85,7 +83,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
     recipe: Path, scenes: Dataset, whole: Path, tmp_path: Path
 ) -> None:
     command = words(recipe, scenes.store.url, tmp_path / "run")
-    kill_at(57, command, tmp_path / "run")  # in the middle of an epoch, and between two commits
+    kill_at(57, command, tmp_path / "run", "all")  # in the middle of an epoch, and between two commits
     killed_at = len(losses(tmp_path / "run"))
     assert 57 < killed_at < 200
     done = maestream(*command)
@@ -108,7 +106,7 @@ def test_killed_again_and_again(recipe: Path, scenes: Dataset, tmp_path: Path, w
     command = words(recipe, scenes.store.url, tmp_path / "run", *longer)
     for kill in range(10):
         done = len(losses(tmp_path / "run")) if kill else 0
-        kill_at(done + rng.randrange(1, 80), command, tmp_path / "run", a_worker=kill % 2 == 1)
+        kill_at(done + rng.randrange(1, 80), command, tmp_path / "run", ("driver", "worker", "all")[kill % 3])
     maestream(*command)
     rows = read_metrics(open_store(str(tmp_path / "run")))
     assert rows[-1]["attempt"] == 11
