@@ -9,7 +9,8 @@ from typing import Any
 
 import ray
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 POLL_S = 0.5
 PLAIN_LINE_S = 5.0  # seconds between two lines where there is no terminal
@@ -45,10 +46,11 @@ class MailboxHandler(logging.Handler):
 
 
 def summary(row: dict[str, Any]) -> str:
-    wait = row["data_wait_s"] / max(row["step_s"], 1e-9)
+    """One line, what matters most first: a narrow terminal cuts its end off."""
+    wait = min(row["data_wait_s"] / max(row["step_s"], 1e-9), 1)
     return (
-        f"epoch {row['epoch']}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['img_per_s']:,.0f} img/s  "
-        f"data wait {min(wait, 1):.0%}  workers {row['world_size']}"
+        f"step {row['step'] + 1}/{row['total_steps']}  loss {row['loss']:.4f}  {row['img_per_s']:,.0f} img/s  "
+        f"data wait {wait:.0%}  workers {row['world_size']}  lr {row['lr']:.2e}  epoch {row['epoch']}"
     )
 
 
@@ -67,9 +69,9 @@ def watch(mailbox: Any, console: Console) -> Iterator[None]:
 
 def _show(mailbox: Any, console: Console, stop: threading.Event) -> None:
     columns = (
-        TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=20), TextColumn("{task.description}"),
-        TimeRemainingColumn(),
-    )  # fmt: skip
+        TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
+        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+    )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("starting workers", total=None)
         shown: tuple[int, float] = (-1, 0.0)
@@ -86,8 +88,8 @@ def _show(mailbox: Any, console: Console, stop: threading.Event) -> None:
                 console.print(f"warning: {text}", style="yellow")
             if row is None or row["step"] == shown[0]:
                 continue
-            done = row["step"] + 1
-            progress.update(task, completed=done, total=row["total_steps"], description=summary(row))
+            done, total = row["step"] + 1, row["total_steps"]
+            progress.update(task, completed=done, total=total, description=summary(row))
             if not console.is_terminal and (ending or time.monotonic() - shown[1] > PLAIN_LINE_S):
-                console.print(f"step {done}/{row['total_steps']}  {summary(row)}")
+                console.print(summary(row))
                 shown = row["step"], time.monotonic()
