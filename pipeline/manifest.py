@@ -162,11 +162,14 @@ def _read_parquet(store: Store, name: str, schema: pa.Schema, columns: list[str]
     except FileNotFoundError:
         raise UserError(f"{store.describe(name)} is missing: copy or build the dataset again") from None
     try:
-        file = io.BytesIO(data)
-        table = pq.read_table(file, schema=schema, columns=columns, page_checksum_verification=True)
+        # Not pq.read_table: it leaves Arrow's threads behind, and a process that ends soon after aborts now and
+        # then ("terminate called without an active exception").
+        file = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True, pre_buffer=False)
+        wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns])
+        table = file.read(wanted.names, use_threads=False).select(wanted.names).cast(wanted)
         table.validate(full=True)
         if missing := [c for c in table.column_names if table[c].null_count]:
-            raise ValueError(f"no values for {', '.join(missing)}")  # a column that is not there reads so
+            raise ValueError(f"no values for {', '.join(missing)}")
         return table
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:  # pyarrow raises any of them
         what = " ".join(str(error).split())

@@ -53,17 +53,18 @@ def test_every_world_size_sees_the_same_pixels(scenes: Dataset, world_size: int)
 
 
 def test_leaving_early_ends_its_threads(scenes: Dataset) -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     reader = make_loader(scenes)
     for batch in reader.steps(0, 10):
         if batch.step == 2:
             break
-    assert threading.active_count() > before
+    own = set(threading.enumerate()) - before
+    assert own
     reader.close()
     deadline = time.monotonic() + 10
-    while threading.active_count() > before and time.monotonic() < deadline:
+    while any(thread.is_alive() for thread in own) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert threading.active_count() == before
+    assert not any(thread.is_alive() for thread in own)
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
