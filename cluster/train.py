@@ -154,7 +154,7 @@ def _worker(job: dict[str, Any]) -> None:
     # Ray allows one thread; the machine's cores are shared among its workers.
     torch.set_num_threads(max(1, available_cores() // context.get_local_world_size()))
     run = Run(
-        open_store(job["out"]),
+        open_store(job["out"], known=True),
         job["run_id"],
         job["attempt"],
         rank=context.get_world_rank(),
@@ -162,4 +162,4 @@ def _worker(job: dict[str, Any]) -> None:
         device=device,
         on_metrics=lambda row: job["mailbox"].put.remote(row),
     )
-    pretrain(PretrainConfig.model_validate(job["config"]), open_dataset(job["data"]), run)
+    pretrain(PretrainConfig.model_validate(job["config"]), open_dataset(job["data"], known=True), run)

@@ -1,96 +1,121 @@
-"""Shards are read in aligned chunks: the ranges of a lane's block share them, and each is fetched once.
+"""The kept part of a dataset: a fixed set of chunks in a folder that the workers of a node share.
 
-The newest chunks are kept in memory up to a bound. Reads ahead go through a thread pool.
+An epoch passes over the whole dataset once, so the best that a cache of a given size can do is to hold a
+fixed part of it. Which chunks are kept is a function of their number alone, and there are as many of them
+as the bound allows: no eviction, no coordination. A chunk lands under a temporary name and is renamed.
+
+    FOLDER/maestream-<dataset>-<chunks>/       one dataset under one bound; others that nobody uses are removed
+        <shard>/<chunk>                        CHUNK_BYTES of a shard, its last one may be shorter
+        .maestream-tmp/<shard>-<chunk>         being written
+        .maestream-lock                        held (shared) by whoever uses the folder
 """
 
-import threading
-from collections import OrderedDict
-from concurrent.futures import Future, ThreadPoolExecutor
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
-import numpy as np
-
-from pipeline.decode import Encoded
-from pipeline.errors import UserError
-from pipeline.manifest import Dataset, Located
+from pipeline.storage import TEMPORARY
 
 CHUNK_BYTES = 1 << 20
-FETCH_THREADS = 16  # requests under way at once; they wait, they do not compute
+LOCK, BEING_WRITTEN = TEMPORARY + "lock", TEMPORARY + "tmp"
+OURS = re.compile(r"maestream-[0-9a-f]{16}-\d+")
 
-Chunk = tuple[int, int]  # shard, number of the chunk in it
 
+@dataclass(frozen=True)
+class KeptPart:
+    """Which chunks are kept, and where.
 
-class ChunkCache:
-    """Reads of one dataset. Keeps at most `capacity_bytes` of chunks, those used last.
-
-    It must hold what is read ahead, or chunks go before they are used and are fetched again.
+    Args:
+        folder: of this dataset under this bound, see `open_kept_part`.
+        kept: how many chunks are kept, of
+        chunks: all that the dataset has.
+        chunk_bytes: their size.
     """
 
-    def __init__(self, dataset: Dataset, capacity_bytes: int) -> None:
-        self.dataset = dataset
-        self.capacity = max(capacity_bytes // CHUNK_BYTES, 2)  # in chunks
-        self.chunks: OrderedDict[Chunk, Future[bytes]] = OrderedDict()
-        self.lock = threading.Lock()
-        self.pool = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="fetch")
-        self.fetched_bytes = 0
+    folder: str
+    kept: int
+    chunks: int
+    chunk_bytes: int = CHUNK_BYTES
 
-    def prefetch(self, located: Located) -> None:
-        """Begin to fetch what these samples lie in."""
-        for chunk in self._chunks_of(located):
-            self._want(chunk)
+    def keeps(self, chunk: int) -> bool:
+        """Whether chunk number `chunk`, counted over the whole dataset, is kept: `kept` of them are, evenly
+        spread, so that every block finds the same share of itself here."""
+        return (chunk + 1) * self.kept // self.chunks > chunk * self.kept // self.chunks
 
-    def read(self, located: Located) -> list[Encoded]:
-        """The bytes of each sample: n buffers. UserError where a shard is missing or too short."""
-        futures = {chunk: self._want(chunk) for chunk in self._chunks_of(located)}
-        chunks = {chunk: memoryview(future.result()) for chunk, future in futures.items()}
-        encoded: list[Encoded] = []
-        for shard, offset, size in zip(
-            located.shard.tolist(), located.offset.tolist(), located.size.tolist(), strict=True
-        ):
-            first, last = offset // CHUNK_BYTES, (offset + size - 1) // CHUNK_BYTES
-            begin = offset - first * CHUNK_BYTES
-            if first == last:
-                encoded.append(chunks[shard, first][begin : begin + size])
-            else:
-                joined = b"".join(chunks[shard, n] for n in range(first, last + 1))
-                encoded.append(joined[begin : begin + size])
-        return encoded
+    def path(self, shard: int, chunk: int) -> Path:
+        """Where chunk number `chunk` of shard number `shard` is kept."""
+        return Path(self.folder, f"{shard:07d}", f"{chunk:06d}")
 
-    def _chunks_of(self, located: Located) -> list[Chunk]:
-        first = located.offset // CHUNK_BYTES
-        last = (located.offset + located.size - 1) // CHUNK_BYTES
-        spread = np.arange(int((last - first).max(initial=0)) + 1)
-        shard, number = np.broadcast_arrays(located.shard[:, None], first[:, None] + spread)
-        pairs = np.stack([shard, number], -1)[number <= last[:, None]]
-        return [(int(s), int(n)) for s, n in np.unique(pairs, axis=0)]
-
-    def _want(self, chunk: Chunk) -> "Future[bytes]":
-        with self.lock:
-            if chunk not in self.chunks or _failed(self.chunks[chunk]):
-                self.chunks[chunk] = self.pool.submit(self._fetch, chunk)
-            self.chunks.move_to_end(chunk)
-            while len(self.chunks) > self.capacity:
-                self.chunks.popitem(last=False)
-            return self.chunks[chunk]
-
-    def _fetch(self, chunk: Chunk) -> bytes:
-        shard, number = chunk
-        name = self.dataset.shard_name(shard)
-        start = number * CHUNK_BYTES
-        size = min(CHUNK_BYTES, int(self.dataset.shard_bytes[shard]) - start)
+    def read(self, shard: int, chunk: int, start: int, size: int) -> bytes | None:
+        """`size` bytes from byte `start` of a kept chunk; None where it is not there, or not whole."""
         try:
-            data = self.dataset.store.read_range(name, start, size)
-        except FileNotFoundError:
-            raise UserError(
-                f"{self.dataset.store.describe(name)} is missing: copy or build the dataset again "
-                f"(`maestream shards verify {self.dataset.store.url}` names all that is wrong)"
-            ) from None
-        with self.lock:
-            self.fetched_bytes += size
-        return data
+            with self.path(shard, chunk).open("rb", buffering=0) as file:
+                data = os.pread(file.fileno(), size, start)
+        except OSError:
+            return None
+        return data if len(data) == size else None
 
-    def close(self) -> None:
-        self.pool.shutdown(wait=False, cancel_futures=True)
+    def write(self, shard: int, chunk: int, data: memoryview) -> None:
+        """Keep a chunk. OSError where the disk is full, or the folder may not be written."""
+        path = self.path(shard, chunk)
+        temporary = Path(self.folder, BEING_WRITTEN, f"{shard}-{chunk}")
+        try:
+            file = temporary.open("xb", buffering=0)
+        except FileExistsError:
+            return  # another worker is at it; so the folder never holds a chunk twice
+        try:
+            with file:
+                file.write(data)
+            path.parent.mkdir(exist_ok=True)
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    def forget(self, shard: int, chunk: int) -> None:
+        """Remove a chunk that turned out to be damaged."""
+        self.path(shard, chunk).unlink(missing_ok=True)
 
 
-def _failed(future: "Future[bytes]") -> bool:
-    return future.done() and (future.cancelled() or future.exception() is not None)
+@contextlib.contextmanager
+def open_kept_part(
+    folder: str, bound_bytes: int, identity: str, chunks: int, chunk_bytes: int = CHUNK_BYTES
+) -> Iterator[KeptPart]:
+    """The kept part of the dataset with this `identity` (hex digits) and number of chunks, at most
+    `bound_bytes`, in use until the context ends. Clears away what other datasets, other bounds and killed
+    processes left in the folder, if nobody uses it. OSError where it cannot be written.
+    """
+    kept = min(bound_bytes // chunk_bytes, chunks)
+    part = KeptPart(str(Path(folder, f"maestream-{identity[:16]}-{kept}")), kept, chunks, chunk_bytes)
+    own = Path(part.folder)
+    being_written = own / BEING_WRITTEN
+    being_written.mkdir(parents=True, exist_ok=True)
+    for other in Path(folder).iterdir():
+        if other != own and OURS.fullmatch(other.name):
+            with _unused(other) as unused:
+                if unused:
+                    shutil.rmtree(other, ignore_errors=True)
+    with _unused(own) as unused:
+        if unused:
+            for path in being_written.iterdir():
+                path.unlink(missing_ok=True)
+    with (own / LOCK).open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        yield part
+
+
+@contextlib.contextmanager
+def _unused(folder: Path) -> Iterator[bool]:
+    """Whether no process uses a folder; none can begin to until the context ends."""
+    with (folder / LOCK).open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True

@@ -1,7 +1,7 @@
 """Batches of a dataset, in order: which samples, their bytes, their crops, their pixels.
 
-The only state is the step number: `batch(step)` is a pure function of it, and iterating is a thread that
-calls it ahead of time.
+The only state is the step number: `batch(step)` is a pure function of it, and `steps` yields the same, with
+storage read ahead and pixels made ahead of time.
 """
 
 import itertools
@@ -10,19 +10,22 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from crc32c import crc32c
 
 from pipeline.augment import centre_crops, random_flips, random_resized_crops
-from pipeline.cache import CHUNK_BYTES, ChunkCache
+from pipeline.cache import CHUNK_BYTES, open_kept_part
 from pipeline.decode import Decoder
+from pipeline.errors import UserError
 from pipeline.manifest import Dataset
 from pipeline.order import Ints, Order
+from pipeline.reader import Reader, Samples, read_samples
 
-AHEAD = 2  # batches made ahead of the trainer; the bytes of one more are being fetched
+AHEAD = 2  # batches made ahead of the trainer
+CHANGED = "its bytes changed (crc32c differs from the index)"
 log = logging.getLogger("maestream")
 
 
@@ -41,6 +44,7 @@ class TrainBatch(Batch):
     step: int
     epoch: int
     wait_s: float  # how long the trainer waited for it
+    storage_s: float  # how long it waited for storage itself, ahead of the trainer
 
 
 class Loader:
@@ -50,93 +54,110 @@ class Loader:
         order: which sample is at which place.
         decoder: makes the pixels.
         rank, world_size: this worker, and how many there are.
+        cache: folder and bytes of the kept part, shared by the workers of a node; None: no part is kept.
     """
 
-    def __init__(self, dataset: Dataset, order: Order, decoder: Decoder, rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        order: Order,
+        decoder: Decoder,
+        rank: int,
+        world_size: int,
+        cache: tuple[str, int] | None = None,
+    ) -> None:
         self.dataset = dataset
         self.order = order
         self.decoder = decoder
         self.rank = rank
         self.world_size = world_size
+        self.cache = cache
+        # Two blocks of each lane (DESIGN.md, Order).
         lanes = len(order.lanes_of(rank, world_size))
-        # Two blocks of each lane (DESIGN.md, Order), but no less than what is read ahead.
-        block = max(order.block, (AHEAD + 2) * order.per_lane)
-        capacity = 2 * lanes * (int(block * dataset.mean_sample_bytes) + CHUNK_BYTES)
-        self.cache = ChunkCache(dataset, capacity)
+        self.bound_bytes = 2 * lanes * (int(order.block * dataset.mean_sample_bytes) + CHUNK_BYTES)
 
     def batch(self, step: int) -> Batch:
         """The batch of optimizer step `step`, counted from 0 over all epochs."""
         ids = self.order.step_ids(step, self.rank, self.world_size)
-        epoch = step // self.order.steps_per_epoch
-        located = self.dataset.locate(ids)
-        boxes = random_resized_crops(self.order.seed, epoch, ids, located.height, located.width)
-        flips = random_flips(self.order.seed, epoch, ids)
-        return read_batch(self.dataset, self.cache, self.decoder, ids, boxes, flips)
+        return self._decode(step, read_samples(self.dataset, ids))
 
     def steps(self, start: int, stop: int) -> Iterator[TrainBatch]:
-        """Batches of steps `start` to `stop`, made ahead of time by a thread."""
+        """Batches of steps `start` to `stop`, made ahead of time by two threads: one reads, one decodes."""
         upcoming = iter(range(start, stop))
-        waiting: deque[Future[Batch]] = deque()
-        maker = ThreadPoolExecutor(1, thread_name_prefix="loader")
-        try:
+        waiting: deque[tuple[Future[Samples], Future[Batch]]] = deque()
+        with ExitStack() as stack:
+            reading, decoding = (ThreadPoolExecutor(1, name) for name in ("reader", "decoder"))
+            stack.callback(decoding.shutdown, cancel_futures=True)
+            stack.callback(reading.shutdown, cancel_futures=True)
+            reader = stack.enter_context(closing(self._reader(stack, start, stop)))
             for step in range(start, stop):
                 for ahead in itertools.islice(upcoming, AHEAD + 1 - len(waiting)):
-                    waiting.append(maker.submit(self._make, ahead, stop))
+                    samples = reading.submit(reader.read, ahead)
+                    made = decoding.submit(lambda s, f: self._decode(s, f.result()), ahead, samples)
+                    waiting.append((samples, made))
                 begin = time.perf_counter()
-                batch = waiting.popleft().result()
+                samples, made = waiting.popleft()
+                batch = made.result()
                 wait_s = time.perf_counter() - begin
                 epoch = step // self.order.steps_per_epoch
-                yield TrainBatch(**vars(batch), step=step, epoch=epoch, wait_s=wait_s)
-        finally:
-            maker.shutdown(cancel_futures=True)
+                yield TrainBatch(
+                    **vars(batch), step=step, epoch=epoch, wait_s=wait_s, storage_s=samples.result().waited_s
+                )
 
-    def _make(self, step: int, stop: int) -> Batch:
-        if step + 1 < stop:  # its bytes come while this step is decoded
-            ids = self.order.step_ids(step + 1, self.rank, self.world_size)
-            self.cache.prefetch(self.dataset.locate(ids))
-        return self.batch(step)
+    def _reader(self, stack: ExitStack, start: int, stop: int) -> Reader:
+        kept = None
+        if self.cache:
+            folder, bound = self.cache
+            chunks = int((-(-self.dataset.shard_bytes // CHUNK_BYTES)).sum())
+            try:
+                kept = stack.enter_context(open_kept_part(folder, bound, self.dataset.identity, chunks))
+            except OSError as error:
+                raise UserError(
+                    f"data.cache={folder} cannot be used ({error.strerror}): choose another folder"
+                ) from None
+        return Reader(
+            self.dataset, self.order, self.rank, self.world_size, start, stop, self.bound_bytes, kept
+        )
+
+    def _decode(self, step: int, samples: Samples) -> Batch:
+        epoch = step // self.order.steps_per_epoch
+        located = samples.located
+        boxes = random_resized_crops(self.order.seed, epoch, samples.ids, located.height, located.width)
+        flips = random_flips(self.order.seed, epoch, samples.ids)
+        return decode_batch(self.dataset, self.decoder, samples, boxes, flips)
 
     def close(self) -> None:
-        self.cache.close()
         self.decoder.close()
 
 
-def read_batch(
-    dataset: Dataset, cache: ChunkCache, decoder: Decoder, ids: Ints, boxes: Ints, flips: np.ndarray
+def decode_batch(
+    dataset: Dataset, decoder: Decoder, samples: Samples, boxes: Ints, flips: np.ndarray
 ) -> Batch:
-    """Samples `ids` (int[n]) through crop boxes (int[n, 4]) and flips (bool[n]).
+    """Samples through crop boxes (int[n, 4]) and flips (bool[n]).
 
     A sample whose bytes changed or do not decode keeps its place with weight 0, and is named in the log.
     """
-    located = dataset.locate(ids)
-    encoded = cache.read(located)
-    decoded = decoder(encoded, boxes, flips)
-    bad = dict(decoded.bad)
-    for i, (data, expected) in enumerate(zip(encoded, located.crc32c.tolist(), strict=True)):
-        if crc32c(data) != expected:
-            bad[i] = "its bytes changed (crc32c differs from the index)"
-    weights = torch.ones(len(ids))
+    decoded = decoder(samples.encoded, boxes, flips)
+    bad = decoded.bad | dict.fromkeys(samples.changed, CHANGED)
+    weights = torch.ones(len(samples.ids))
     for i, reason in bad.items():
         weights[i] = 0
         decoded.images[i] = 0
-        shard = dataset.store.describe(dataset.shard_name(int(located.shard[i])))
+        shard = dataset.store.describe(dataset.shard_name(int(samples.located.shard[i])))
         log.warning(
             "bad sample %d, %s at byte %d of %s: %s",
-            ids[i],
-            *dataset.keys(ids[i : i + 1]),
-            located.offset[i],
+            samples.ids[i],
+            *dataset.keys(samples.ids[i : i + 1]),
+            samples.located.offset[i],
             shard,
             reason,
         )
-    return Batch(decoded.images, torch.from_numpy(located.label), torch.from_numpy(ids), weights)
+    labels = torch.from_numpy(samples.located.label)
+    return Batch(decoded.images, labels, torch.from_numpy(samples.ids), weights)
 
 
 def centred_batch(dataset: Dataset, decoder: Decoder, ids: Ints) -> Batch:
     """Samples `ids` (int[n]) through their centre crops, unflipped: for pictures and evaluations."""
-    located = dataset.locate(ids)
-    cache = ChunkCache(dataset, int(located.size.sum()) + 2 * len(ids) * CHUNK_BYTES)
-    try:
-        boxes = centre_crops(located.height, located.width)
-        return read_batch(dataset, cache, decoder, np.asarray(ids), boxes, np.zeros(len(ids), bool))
-    finally:
-        cache.close()
+    samples = read_samples(dataset, ids)
+    boxes = centre_crops(samples.located.height, samples.located.width)
+    return decode_batch(dataset, decoder, samples, boxes, np.zeros(len(ids), bool))

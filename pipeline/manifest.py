@@ -13,6 +13,8 @@ import functools
 import hashlib
 import io
 import json
+import threading
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +25,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.errors import UserError
-from pipeline.storage import FIRST_DEADLINE_S, Store, open_store
+from pipeline.storage import Store, open_store
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -68,36 +70,61 @@ class Manifest(BaseModel):
     built: dict[str, Any]  # how it was made; for people, nothing depends on it
 
 
-COLUMNS = ("offset", "size", "label", "width", "height", "crc32c")  # of the index, but for the key
+INDEX_ROW = np.dtype(
+    [(field.name, field.type.to_pandas_dtype()) for field in INDEX_SCHEMA if field.name != "key"]
+)
+INDEX_BYTES = 256 << 20  # of indexes are kept in memory, those used last
 
 
 @dataclass(frozen=True)
 class Located:
-    """Where some samples lie: the shard of each, and its columns of the index, each of length n."""
+    """Where samples lie: the shard of each (int64[n]), and its row of the index (INDEX_ROW[n])."""
 
     shard: Ints
-    offset: Ints
-    size: Ints
-    label: Ints
-    width: Ints
-    height: Ints
-    crc32c: Ints
+    row: npt.NDArray[np.void]
+
+    @property
+    def offset(self) -> Ints:
+        return self.row["offset"]
+
+    @property
+    def size(self) -> Ints:
+        return self.row["size"].astype(np.int64)
+
+    @property
+    def label(self) -> Ints:
+        return self.row["label"].astype(np.int64)
+
+    @property
+    def width(self) -> Ints:
+        return self.row["width"].astype(np.int64)
+
+    @property
+    def height(self) -> Ints:
+        return self.row["height"].astype(np.int64)
+
+    @property
+    def crc32c(self) -> Ints:
+        return self.row["crc32c"].astype(np.int64)
 
 
 class Dataset:
     """An opened dataset. Safe to use from several threads."""
 
-    def __init__(self, store: Store, manifest: Manifest, shards: pa.Table) -> None:
+    def __init__(self, store: Store, manifest: Manifest, shards: pa.Table, identity: str) -> None:
         self.store = store
         self.manifest = manifest
+        self.identity = identity  # of the shards as files, where the fingerprint is of what is trained on
         self.shard_names: pa.ChunkedArray = shards["name"]
         self.shard_samples: Ints = shards["samples"].to_numpy().astype(np.int64)
         self.shard_bytes: Ints = shards["bytes"].to_numpy().astype(np.int64)
         self.shard_sha256: pa.ChunkedArray = shards["sha256"]
         self.shard_content: pa.ChunkedArray = shards["content"]
         self.shard_starts: Ints = np.concatenate([[0], np.cumsum(self.shard_samples)])  # first id of each
-        self.index = functools.lru_cache(maxsize=2048)(self._read_index)
-        self.shard_keys = functools.lru_cache(maxsize=2048)(self._read_keys)
+        self.shard_keys = functools.lru_cache(maxsize=16)(self._read_keys)
+        self._indexes: OrderedDict[int, npt.NDArray[np.void]] = OrderedDict()  # shard → INDEX_ROW[samples]
+        self._indexes_bytes = 0
+        self._lock = threading.Lock()
 
     @property
     def samples(self) -> int:
@@ -115,13 +142,44 @@ class Dataset:
         return self.shard_names[shard].as_py()
 
     def locate(self, sample_ids: npt.ArrayLike) -> Located:
-        """Shard and index row of each sample id (int[n])."""
+        """Shard and index row of each sample id (int[n]). Reads the indexes that are not in memory."""
         shard, row = self._shard_and_row(sample_ids)
-        columns = np.empty((len(COLUMNS), len(shard)), np.int64)
+        rows = np.empty(len(shard), INDEX_ROW)
         by_shard = np.argsort(shard, kind="stable")
         for here in np.split(by_shard, np.flatnonzero(np.diff(shard[by_shard])) + 1):
-            columns[:, here] = self.index(int(shard[here[0]]))[:, row[here]]
-        return Located(shard, *columns)
+            if len(here):
+                rows[here] = self.index(int(shard[here[0]]))[row[here]]
+        return Located(shard, rows)
+
+    def shards_of(self, sample_ids: npt.ArrayLike) -> list[int]:
+        """The shards that these samples lie in."""
+        return np.unique(self._shard_and_row(sample_ids)[0]).tolist()
+
+    def index(self, shard: int) -> npt.NDArray[np.void]:
+        """INDEX_ROW[samples of the shard]."""
+        with self._lock:
+            if shard in self._indexes:
+                self._indexes.move_to_end(shard)
+                return self._indexes[shard]
+        return self.add_index(shard, self._read(index_name(self.shard_name(shard))))
+
+    def has_index(self, shard: int) -> bool:
+        """Whether the shard's index is in memory."""
+        return shard in self._indexes
+
+    def add_index(self, shard: int, data: bytes | memoryview) -> npt.NDArray[np.void]:
+        """Take a shard's index from the bytes of its file."""
+        table = self._parse_index(shard, data, list(INDEX_ROW.names or ()))
+        rows = np.empty(len(table), INDEX_ROW)
+        for name in INDEX_ROW.names or ():
+            rows[name] = table[name].to_numpy()
+        with self._lock:
+            if shard not in self._indexes:
+                self._indexes[shard] = rows
+                self._indexes_bytes += rows.nbytes
+                while self._indexes_bytes > INDEX_BYTES and len(self._indexes) > 1:
+                    self._indexes_bytes -= self._indexes.popitem(last=False)[1].nbytes
+        return rows
 
     def keys(self, sample_ids: npt.ArrayLike) -> list[str]:
         """The WebDataset key of each sample id."""
@@ -133,9 +191,16 @@ class Dataset:
         shard = np.searchsorted(self.shard_starts, ids, side="right") - 1
         return shard, ids - self.shard_starts[shard]
 
-    def read_index_table(self, shard: int, columns: list[str] | None = None) -> pa.Table:
+    def read_index_table(self, shard: int) -> pa.Table:
+        """The whole index of a shard, INDEX_SCHEMA."""
+        return self._parse_index(shard, self._read(index_name(self.shard_name(shard))), INDEX_SCHEMA.names)
+
+    def _read(self, name: str) -> bytes:
+        return _read_object(self.store, name)
+
+    def _parse_index(self, shard: int, data: bytes | memoryview, columns: list[str]) -> pa.Table:
         name = index_name(self.shard_name(shard))
-        table = _read_parquet(self.store, name, INDEX_SCHEMA, columns)
+        table = _parse_parquet(self.store.describe(name), data, INDEX_SCHEMA, columns)
         if len(table) != self.shard_samples[shard]:
             raise UserError(
                 f"{self.store.describe(name)} has {len(table)} rows, the manifest says "
@@ -144,38 +209,34 @@ class Dataset:
         return table
 
     def _read_keys(self, shard: int) -> pa.ChunkedArray:
-        return self.read_index_table(shard, ["key"])["key"]
-
-    def _read_index(self, shard: int) -> Ints:
-        """int[len(COLUMNS), samples of the shard]."""
-        table = self.read_index_table(shard, list(COLUMNS))
-        return np.stack([table[name].to_numpy().astype(np.int64) for name in COLUMNS])
+        return self._parse_index(shard, self._read(index_name(self.shard_name(shard))), ["key"])["key"]
 
 
 def index_name(shard_name: str) -> str:
     return f"index/{shard_name.removesuffix('.tar')}.parquet"
 
 
-def _read_parquet(store: Store, name: str, schema: pa.Schema, columns: list[str] | None = None) -> pa.Table:
+def _read_object(store: Store, name: str) -> bytes:
     try:
-        data = store.read(name)
+        return store.read(name)
     except FileNotFoundError:
         raise UserError(f"{store.describe(name)} is missing: copy or build the dataset again") from None
+
+
+def _parse_parquet(where: str, data: bytes | memoryview, schema: pa.Schema, columns: list[str]) -> pa.Table:
     try:
         # Not pq.read_table: it leaves Arrow's threads behind, and a process that ends soon after aborts now and
         # then ("terminate called without an active exception").
-        file = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True, pre_buffer=False)
-        wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns])
-        table = file.read(wanted.names, use_threads=False).select(wanted.names).cast(wanted)
+        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True, pre_buffer=False)
+        wanted = pa.schema([schema.field(name) for name in columns])
+        table = file.read(columns, use_threads=False).select(columns).cast(wanted)
         table.validate(full=True)
         if missing := [c for c in table.column_names if table[c].null_count]:
             raise ValueError(f"no values for {', '.join(missing)}")
         return table
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:  # pyarrow raises any of them
         what = " ".join(str(error).split())
-        raise UserError(
-            f"{store.describe(name)} is damaged ({what}): copy or build the dataset again"
-        ) from None
+        raise UserError(f"{where} is damaged ({what}): copy or build the dataset again") from None
 
 
 def to_parquet(table: pa.Table) -> bytes:
@@ -214,11 +275,12 @@ def write_dataset(
     return manifest
 
 
-def open_dataset(url: str) -> Dataset:
-    """Open the dataset at a path or URL. UserError where there is none, or one this version cannot read."""
-    store = open_store(url)
+def open_dataset(url: str, known: bool = False) -> Dataset:
+    """Open the dataset at a path or URL. UserError where there is none, or one this version cannot read.
+    `known`: see `open_store`."""
+    store = open_store(url, known)
     try:
-        text = store.read(MANIFEST, FIRST_DEADLINE_S)
+        text = store.read(MANIFEST)
     except FileNotFoundError:
         hint = "a build was begun and not finished: run it again" if _begun(store) else "is the path right?"
         raise UserError(f"{store.url} is not a dataset: it has no {MANIFEST} ({hint})") from None
@@ -235,12 +297,13 @@ def open_dataset(url: str) -> Dataset:
         raise UserError(
             f"{store.describe(MANIFEST)} is damaged ({first}): copy or build the dataset again"
         ) from None
-    shards = _read_parquet(store, SHARDS, SHARDS_SCHEMA)
-    if len(shards) != manifest.shards or sum(shards["samples"].to_pylist()) != manifest.samples:
+    table = _read_object(store, SHARDS)
+    shards = _parse_parquet(store.describe(SHARDS), table, SHARDS_SCHEMA, SHARDS_SCHEMA.names)
+    if len(shards) != manifest.shards or int(shards["samples"].to_numpy().sum()) != manifest.samples:
         raise UserError(
             f"{store.describe(SHARDS)} does not belong to {MANIFEST}: copy or build the dataset again"
         )
-    return Dataset(store, manifest, shards)
+    return Dataset(store, manifest, shards, hashlib.sha256(text + table).hexdigest())
 
 
 BUILDING = "building.json"  # present while a build is under way, see pipeline.shards

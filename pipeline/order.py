@@ -124,9 +124,7 @@ class Order:
 
         Returns int[l, p].
         """
-        # The first block of a lane is shorter by an amount that depends on the lane, so that the lanes
-        # do not all need their next block at the same step.
-        cut = (lanes * self.block // self.lanes)[:, None]
+        cut = self._cut(lanes)[:, None]
         block = (positions[None, :] + cut) // self.block  # [l, p]
         first = block[:, :1]
         blocks = first + np.arange(int((block[:, -1:] - first).max()) + 1)  # [l, b]: the blocks touched
@@ -141,6 +139,16 @@ class Order:
         nth = block - first  # [l, p]: which of the touched blocks
         start = begin[row, nth]
         return start + permuted[row, nth, positions[None, :] - start]
+
+    def _cut(self, lanes: Ints) -> Ints:
+        """How much shorter the first block of each lane is. It depends on the lane, so that the lanes do not
+        all need their next block at the same step."""
+        return lanes * self.block // self.lanes
+
+    def block_ends(self, lanes: Ints, positions: Ints) -> Ints:
+        """Where the block that holds a position (int[l], one in each lane) ends: int[l]."""
+        cut = self._cut(lanes)
+        return np.minimum(((positions + cut) // self.block + 1) * self.block - cut, self.lane_length)
 
     def sample_ids(self, epoch: int, lanes: Ints, positions: Ints) -> Ints:
         """The sample ids at `positions` of `lanes` in an epoch: int[l, p] (see `lane_places`)."""

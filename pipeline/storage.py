@@ -6,13 +6,14 @@ a wrong endpoint) becomes a `UserError` with a message that says what to do.
 """
 
 import errno
+import functools
 import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 import botocore.exceptions
@@ -21,15 +22,18 @@ import tenacity
 
 from pipeline.errors import UserError
 
-READ_DEADLINE_S = 120  # how long one read is retried in all
-FIRST_DEADLINE_S = 5  # the same for the first read from a store, when a wrong name is likelier than a fault
+DEADLINE_S = 120  # how long one operation is retried in all
+FIRST_DEADLINE_S = 5  # the same until a store has answered once: a wrong name is likelier than a fault then
 TEMPORARY = ".maestream-"  # names of files that are being written begin so; a kill may leave them
+T = TypeVar("T")
+_ANSWERED: set[str] = set()  # buckets that have answered this process
 UMASK = os.umask(0)  # the only way to read it is to set it, and it is the whole process's
 os.umask(UMASK)
 S3_OPTIONS = {
     # Objects are immutable here and folders change under us: a cached listing can only be wrong.
     "use_listings_cache": False,
-    "config_kwargs": {"connect_timeout": 5, "read_timeout": 30, "retries": {"max_attempts": 2}},
+    # A body that stalls for this long is a fault. One attempt: what is retried is retried here.
+    "config_kwargs": {"connect_timeout": 5, "read_timeout": 10, "retries": {"max_attempts": 0}},
 }
 
 
@@ -70,21 +74,20 @@ class Store:
     def describe(self, name: str = "") -> str:
         return f"{self.url}/{name}" if name else self.url
 
-    def read(self, name: str, deadline_s: float = READ_DEADLINE_S) -> bytes:
+    @property
+    def bucket(self) -> str:
+        return "/".join(self.url.split("/")[:3])  # scheme://bucket
+
+    def read(self, name: str) -> bytes:
         """The whole of a small object. FileNotFoundError where there is none."""
         with _explained(self.describe(name)):
-            return self._retry(lambda: self.fs.cat_file(self.path(name)), deadline_s)
+            return self._retry(lambda: self.fs.cat_file(self.path(name)))
 
     def read_range(self, name: str, start: int, size: int) -> bytes:
-        """Exactly `size` bytes from byte `start`. FileNotFoundError, or ShortReadError past the end."""
+        """Exactly `size` bytes from byte `start`. FileNotFoundError, or UserError past the end."""
 
         def attempt() -> bytes:
-            try:
-                data = self.fs.cat_file(self.path(name), start=start, end=start + size)
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-                data = b""  # how s3fs says that the object ends before `start`
+            data = self._read_once(name, start, size)
             if len(data) != size:
                 # A cut body is a fault and worth a retry; a file that ends here is not.
                 if start + size > self.size(name):
@@ -97,32 +100,51 @@ class Store:
             return data
 
         with _explained(self.describe(name)):
-            return self._retry(attempt, READ_DEADLINE_S)
+            return self._retry(attempt)
 
-    def _retry(self, attempt: Callable[[], bytes], deadline_s: float) -> bytes:
+    def _read_once(self, name: str, start: int, size: int) -> bytes:
+        if self.is_local:
+            with open(self.path(name), "rb", buffering=0) as file:
+                return os.pread(file.fileno(), size, start)
+        try:
+            return self.fs.cat_file(self.path(name), start=start, end=start + size)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return b""  # how s3fs says that the object ends before `start`
+
+    def _retry(self, attempt: Callable[[], T]) -> T:
         """Call `attempt` until it succeeds: exponential waits with full jitter, and a total deadline."""
+        deadline_s = DEADLINE_S if self.bucket in _ANSWERED else FIRST_DEADLINE_S
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(_is_fault),
             wait=tenacity.wait_random_exponential(multiplier=0.1, max=10),
-            stop=tenacity.stop_after_attempt(3) if self.is_local else tenacity.stop_after_delay(deadline_s),
+            stop=tenacity.stop_after_attempt(3) if self.is_local else tenacity.stop_before_delay(deadline_s),
             reraise=True,
         )
-        return retrying(attempt)
+        try:
+            result = retrying(attempt)
+        except FileNotFoundError:  # an answer, too
+            _ANSWERED.add(self.bucket)
+            raise
+        _ANSWERED.add(self.bucket)
+        return result
 
     def size(self, name: str) -> int:
         with _explained(self.describe(name)):
-            return int(self.fs.size(self.path(name)))
+            return int(self._retry(lambda: self.fs.size(self.path(name))))
 
     def exists(self, name: str) -> bool:
         with _explained(self.describe(name)):
-            return bool(self.fs.exists(self.path(name)))
+            return bool(self._retry(lambda: self.fs.exists(self.path(name))))
 
     def names(self, prefix: str = "") -> list[str]:
         """Names of all files below `prefix`, sorted; empty where there is nothing. Symbolic links are
         followed. UserError where a folder may not be read."""
         try:
             with _explained(self.describe(prefix)):
-                found = list(_walk(self.path(prefix)) if self.is_local else self.fs.find(self.path(prefix)))
+                path = self.path(prefix)
+                found = list(_walk(path)) if self.is_local else self._retry(lambda: list(self.fs.find(path)))
         except FileNotFoundError:
             return []
         return sorted(name.removeprefix(self.root).lstrip("/") for name in found)
@@ -153,22 +175,25 @@ class Store:
                         os.fsync(file.fileno())
                     path.replace(target)
                 else:
-                    self.fs.put_file(temporary, target)
+                    self._retry(lambda: self.fs.put_file(temporary, target))
         finally:
             path.unlink(missing_ok=True)
 
     def remove(self, names: list[str]) -> None:
         with _explained(self.url):
-            for name in names:
-                self.fs.rm_file(self.path(name))
+            for path in map(self.path, names):
+                self._retry(functools.partial(self.fs.rm_file, path))
         if self.is_local:  # folders are real here
             for folder in sorted({os.path.dirname(self.path(name)) for name in names}, reverse=True):
                 if folder != self.root and os.path.isdir(folder) and not os.listdir(folder):
                     os.rmdir(folder)
 
 
-def open_store(url: str) -> Store:
-    """A store for a local path or any URL fsspec knows (s3://bucket/prefix with the usual AWS variables)."""
+def open_store(url: str, known: bool = False) -> Store:
+    """A store for a local path or any URL fsspec knows (s3://bucket/prefix with the usual AWS variables).
+
+    `known`: it has answered the process that started this one, so silence is an outage, not a wrong name.
+    """
     if url.startswith("s3://") and not url.removeprefix("s3://").strip("/"):
         raise UserError(f"{url} names no bucket: write s3://bucket/prefix")
     url = url.rstrip("/") or url
@@ -178,7 +203,12 @@ def open_store(url: str) -> Store:
         fs, root = fsspec.core.url_to_fs(url, **(S3_OPTIONS if url.startswith("s3://") else {}))
     except (ValueError, ImportError) as error:
         raise UserError(f"{url}: {error}") from error
-    return Store(url, fs, root)
+    if url.startswith("s3://"):
+        fs.retries = 1  # what is retried is retried here
+    store = Store(url, fs, root)
+    if known:
+        _ANSWERED.add(store.bucket)
+    return store
 
 
 def _walk(folder: str) -> Iterator[str]:

@@ -20,7 +20,7 @@ from pipeline.cache import CHUNK_BYTES
 from pipeline.errors import UserError
 from pipeline.manifest import Dataset
 from pipeline.order import Order, default_block, default_lanes
-from pipeline.storage import FIRST_DEADLINE_S, TEMPORARY, Store, open_store
+from pipeline.storage import TEMPORARY, Store, open_store
 from trainer.config import PretrainConfig, differences, dump_config, parse_config
 
 CONFIG = "config.yaml"
@@ -69,7 +69,7 @@ def open_run(url: str, config: PretrainConfig, dataset: Dataset) -> tuple[Pretra
     """
     store = open_store(url)
     try:
-        known = json.loads(store.read(RUN, FIRST_DEADLINE_S))
+        known = json.loads(store.read(RUN))
         run_id, fingerprint, attempt = known["run_id"], known["fingerprint"], known["attempt"]
     except FileNotFoundError:
         return _new_run(store, config, dataset)
@@ -118,7 +118,7 @@ def begin_attempt(config: PretrainConfig, run: Run, dataset: Dataset) -> None:
 def read_config(store: Store) -> PretrainConfig:
     """The config a run was started with."""
     try:
-        tree = yaml.safe_load(store.read(CONFIG, FIRST_DEADLINE_S))
+        tree = yaml.safe_load(store.read(CONFIG))
     except FileNotFoundError:
         raise UserError(f"{store.url} is not a run: it has no {CONFIG}") from None
     except yaml.YAMLError as error:

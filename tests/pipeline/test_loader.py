@@ -6,12 +6,9 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from pipeline import cache, loader
-from pipeline.cache import CHUNK_BYTES, ChunkCache
 from pipeline.decode import make_decoder
 from pipeline.errors import UserError
 from pipeline.loader import Loader
@@ -65,37 +62,6 @@ def test_leaving_early_ends_its_threads(scenes: Dataset) -> None:
     while any(thread.is_alive() for thread in own) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not any(thread.is_alive() for thread in own)
-
-
-@pytest.mark.parametrize("world_size", [1, 3])
-def test_each_byte_is_fetched_about_once_an_epoch(
-    scenes: Dataset, monkeypatch: pytest.MonkeyPatch, world_size: int
-) -> None:
-    """With a cache that holds a part of the dataset alone."""
-    for module in (cache, loader):
-        monkeypatch.setattr(module, "CHUNK_BYTES", 1 << 15)
-    dataset_bytes, fetched = int(scenes.shard_bytes.sum()), 0
-    for rank in range(world_size):
-        reader = make_loader(scenes, rank, world_size, lanes=3, global_batch=3)
-        assert reader.cache.capacity * (1 << 15) * world_size < dataset_bytes / 2
-        for _ in reader.steps(0, reader.order.steps_per_epoch):
-            pass
-        fetched += reader.cache.fetched_bytes
-        reader.close()
-    assert 0.9 * dataset_bytes < fetched <= 1.1 * dataset_bytes
-
-
-def test_the_cache_is_bounded_and_right_at_any_size(scenes: Dataset) -> None:
-    located = scenes.locate(np.random.default_rng(0).permutation(scenes.samples))
-    whole = [scenes.store.read(scenes.shard_name(s)) for s in range(scenes.manifest.shards)]
-    for capacity in (0, 3 * CHUNK_BYTES, 100 * CHUNK_BYTES):
-        chunks = ChunkCache(scenes, capacity)
-        for data, s, o, n in zip(
-            chunks.read(located), located.shard, located.offset, located.size, strict=True
-        ):
-            assert bytes(data) == whole[s][o : o + n]
-        assert len(chunks.chunks) <= max(2, capacity // CHUNK_BYTES)
-        chunks.close()
 
 
 def damage(dataset: Dataset, tmp_path: Path, sample: int) -> Dataset:

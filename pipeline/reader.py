@@ -1,0 +1,227 @@
+"""The encoded samples of each step, read ahead block by block within a bound of bytes.
+
+A block of a lane is one or two contiguous byte ranges, and all of its samples are taken within the next K
+places of the lane: a block is read at once, and its memory goes when the last of them has been taken.
+"""
+
+import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+from crc32c import crc32c
+
+from pipeline.cache import KeptPart
+from pipeline.decode import Encoded
+from pipeline.fetcher import Fetcher, Range
+from pipeline.manifest import Dataset, Located, index_name
+from pipeline.order import Ints, Order
+
+GAP_BYTES = 64 << 10  # a gap that is read with the samples around it, rather than to ask once more
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The encoded samples of a worker's part of a step, n of them."""
+
+    ids: Ints
+    located: Located
+    encoded: list[Encoded]
+    changed: list[int]  # positions of those whose bytes are not what the index says
+    waited_s: float  # for storage
+
+
+@dataclass
+class Block:
+    """Samples that are read together: what is left of a lane's block, or all that the first step takes."""
+
+    step: int  # the first that needs it
+    located: Located
+    ranges: list[Range]
+    begins: list[int]  # where each sample begins in the ranges laid end to end
+    left: int  # samples not taken yet
+    data: "Future[memoryview]" = field(init=False)
+
+    @property
+    def size(self) -> int:
+        return sum(r.size for r in self.ranges)
+
+    def sample(self, i: int) -> memoryview:
+        return self.data.result()[self.begins[i] : self.begins[i] + int(self.located.row["size"][i])]
+
+
+class Reader:
+    """The samples of one worker from step `start` to `stop`, in order. For one thread.
+
+    Args:
+        bound_bytes: how much may be held or under way beyond what the current step needs.
+        kept: the kept part of the dataset, if there is one.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        order: Order,
+        rank: int,
+        world_size: int,
+        start: int,
+        stop: int,
+        bound_bytes: int,
+        kept: KeptPart | None = None,
+    ) -> None:
+        self.dataset, self.order, self.kept = dataset, order, kept
+        self.rank, self.world_size = rank, world_size
+        self.start, self.stop, self.bound_bytes = start, stop, bound_bytes
+        self.lanes = order.lanes_of(rank, world_size)
+        self.fetcher = Fetcher(dataset.store.url, kept)
+        self.first_chunks = np.zeros_like(dataset.shard_bytes)
+        if kept:
+            chunks = -(-dataset.shard_bytes // kept.chunk_bytes)
+            self.first_chunks = np.cumsum(chunks) - chunks
+        self.planned = start  # the next step to plan
+        self.reached = np.zeros_like(
+            self.lanes
+        )  # in each lane, the epoch's first position that is in no block yet
+        self.queue: deque[Block] = deque()  # planned and not asked for
+        self.held_bytes = 0  # of blocks that are asked for and not used up
+        self.places: dict[int, tuple[Block, int]] = {}  # epoch · N + sample id → its block, and where in it
+        self.indexes: dict[int, Future[memoryview]] = {}  # of shards, under way
+
+    def read(self, step: int) -> Samples:
+        """The samples of a step, the one after the last. UserError where storage refuses for good."""
+        # Nothing else is read before the first step has come: the device waits for it.
+        self._ask(step, ahead=step > self.start)
+        ids = self.order.step_ids(step, self.rank, self.world_size)
+        first = step // self.order.steps_per_epoch * self.order.samples
+        taken = [self.places.pop(first + i) for i in ids.tolist()]
+        begin = time.perf_counter()
+        encoded: list[Encoded] = [block.sample(i) for block, i in taken]
+        waited_s = time.perf_counter() - begin
+        located = Located(
+            np.array([block.located.shard[i] for block, i in taken], np.int64),
+            np.array([block.located.row[i] for block, i in taken]),
+        )
+        for block, _ in taken:
+            block.left -= 1
+            if not block.left:
+                self.held_bytes -= block.size
+        self._ask(step, ahead=True)
+        return Samples(ids, located, encoded, self._check(located, encoded), waited_s)
+
+    def _ask(self, step: int, ahead: bool) -> None:
+        """Ask the fetcher for what `step` needs, and for what comes after as far as the bound allows."""
+        while self.queue or self.planned < (self.stop if ahead else step + 1):
+            if not self.queue:
+                if not self._plan(self.planned, wait=self.planned <= step):
+                    return
+                self.planned += 1
+                continue
+            block = self.queue[0]
+            if block.step > step and self.held_bytes + block.size > self.bound_bytes:
+                return
+            block.data = self.fetcher.ranges(block.ranges, keep=block.step > self.start)
+            self.held_bytes += block.size
+            self.queue.popleft()
+
+    def _plan(self, step: int, wait: bool) -> bool:
+        """Queue the blocks that `step` is the first to need. False if indexes are missing, and not to be
+        waited for."""
+        order = self.order
+        epoch, within = divmod(step, order.steps_per_epoch)
+        end = (within + 1) * order.per_lane
+        reached = self.reached.copy() if within else np.zeros_like(self.reached)
+        groups: list[Ints] = []  # sample ids that are read together
+        if step == self.start:
+            # Of the first step its samples alone, so that it comes soon; of their blocks, the rest later.
+            groups.append(order.step_ids(step, self.rank, self.world_size))
+            reached = np.full_like(reached, end)
+        while (behind := np.flatnonzero(reached < end)).size:
+            ends = order.block_ends(self.lanes[behind], reached[behind])
+            for lane, a, b in zip(self.lanes[behind], reached[behind].tolist(), ends.tolist(), strict=True):
+                groups.append(order.sample_ids(epoch, np.array([lane]), np.arange(a, b))[0])
+            reached[behind] = ends
+        if not self._indexes_ready(groups, wait):
+            return False
+        self.reached = reached
+        for ids in groups:
+            ids = np.sort(ids)
+            block = self._block(step, ids)
+            self.queue.append(block)
+            first = epoch * order.samples
+            self.places |= {first + sample: (block, i) for i, sample in enumerate(ids.tolist())}
+        return True
+
+    def _indexes_ready(self, groups: list[Ints], wait: bool) -> bool:
+        shards = self.dataset.shards_of(np.concatenate(groups)) if groups else []
+        for shard in shards:
+            if shard not in self.indexes and not self.dataset.has_index(shard):
+                self.indexes[shard] = self.fetcher.whole(index_name(self.dataset.shard_name(shard)))
+        for shard in shards:
+            if shard in self.indexes:
+                if not (wait or self.indexes[shard].done()):
+                    return False
+                self.dataset.add_index(shard, self.indexes.pop(shard).result())
+        return True
+
+    def _block(self, step: int, ids: Ints) -> Block:
+        """The block of these samples, ascending, so as they lie in the shards."""
+        located = self.dataset.locate(ids)
+        shard, begin, size = located.shard, located.offset, located.size
+        gap = begin[1:] - (begin + size)[:-1]
+        # What the first step takes lies here and there: twice its own bytes are the most that is read for it.
+        most = size[:-1] if step == self.start else GAP_BYTES
+        cuts = np.flatnonzero((np.diff(shard) != 0) | (gap > most) | (gap < 0)) + 1
+        firsts, lasts = np.r_[0, cuts], np.r_[cuts, len(ids)] - 1
+        ranges, begins, position = [], [], 0
+        for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
+            s, start = int(shard[first]), int(begin[first])
+            stop = int(begin[last] + size[last])
+            ranges.append(
+                Range(
+                    self.dataset.shard_name(s),
+                    start,
+                    stop - start,
+                    s,
+                    int(self.dataset.shard_bytes[s]),
+                    int(self.first_chunks[s]),
+                )
+            )
+            begins += (begin[first : last + 1] - start + position).tolist()
+            position += stop - start
+        return Block(step, located, ranges, begins, len(ids))
+
+    def _check(self, located: Located, encoded: list[Encoded]) -> list[int]:
+        """Compare checksums. What differs is read again, past the kept part; positions of what still differs."""
+        changed = []
+        for i, expected in enumerate(located.crc32c.tolist()):
+            if crc32c(encoded[i]) == expected:
+                continue
+            shard, offset, size = (int(c[i]) for c in (located.shard, located.offset, located.size))
+            if self.kept:
+                for chunk in range(
+                    offset // self.kept.chunk_bytes, (offset + size - 1) // self.kept.chunk_bytes + 1
+                ):
+                    self.kept.forget(shard, chunk)
+            encoded[i] = self.dataset.store.read_range(self.dataset.shard_name(shard), offset, size)
+            if crc32c(encoded[i]) != expected:
+                changed.append(i)
+        return changed
+
+    def close(self) -> None:
+        self.fetcher.close()
+
+
+def read_samples(dataset: Dataset, ids: Ints) -> Samples:
+    """Samples here and there (int[n]), each read by itself: for pictures and evaluations of a few."""
+    located = dataset.locate(ids)
+
+    def read(i: int) -> bytes:
+        name = dataset.shard_name(int(located.shard[i]))
+        return dataset.store.read_range(name, int(located.offset[i]), int(located.size[i]))
+
+    with ThreadPoolExecutor(16) as pool:
+        encoded: list[Encoded] = list(pool.map(read, range(len(ids))))
+    expected = located.crc32c.tolist()
+    changed = [i for i, crc in enumerate(expected) if crc32c(encoded[i]) != crc]
+    return Samples(np.asarray(ids, np.int64), located, encoded, changed, 0.0)
