@@ -78,7 +78,7 @@ class ChunkCache:
         start = number * CHUNK_BYTES
         size = min(CHUNK_BYTES, int(self.dataset.shard_bytes[shard]) - start)
         try:
-            data = self.dataset.store.read_range(name, start, size)
+            data = self.dataset.shard_store.read_range(name, start, size)
         except FileNotFoundError:
             raise UserError(
                 f"{self.dataset.store.describe(name)} is missing: copy or build the dataset again "

@@ -35,7 +35,7 @@ SHARDS_SCHEMA = pa.schema(
         ("name", pa.string()),
         ("samples", pa.int64()),
         ("bytes", pa.int64()),  # of the tar
-        ("sha256", pa.string()),  # of the tar
+        ("sha256", pa.string()),  # of the tar; "" where its bytes were not read
         ("content", pa.string()),  # digest of what is trained on, see content_digest
     ]
 )
@@ -47,7 +47,7 @@ INDEX_SCHEMA = pa.schema(
         ("label", pa.int32()),  # NO_LABEL where there is none
         ("width", pa.int32()),  # as stored: EXIF orientation is ignored everywhere
         ("height", pa.int32()),
-        ("crc32c", pa.uint32()),  # of the image's bytes
+        ("crc32c", pa.uint32()),  # of the image's bytes; 0 where they were not read
     ]
 )
 
@@ -66,6 +66,8 @@ class Manifest(BaseModel):
     image_bytes: int
     classes: list[str]
     built: dict[str, Any]  # how it was made; for people, nothing depends on it
+    checksums: bool = True  # whether crc32c (of the indexes) and sha256 (of the table) are known
+    shards_url: str | None = None  # where the tars lie, if not beside this file
 
 
 COLUMNS = ("offset", "size", "label", "width", "height", "crc32c")  # of the index, but for the key
@@ -88,7 +90,8 @@ class Dataset:
     """An opened dataset. Safe to use from several threads."""
 
     def __init__(self, store: Store, manifest: Manifest, shards: pa.Table) -> None:
-        self.store = store
+        self.store = store  # of manifest, table and indexes
+        self.shard_store = open_store(manifest.shards_url) if manifest.shards_url else store  # of the tars
         self.manifest = manifest
         self.shard_names: pa.ChunkedArray = shards["name"]
         self.shard_samples: Ints = shards["samples"].to_numpy().astype(np.int64)
@@ -135,7 +138,7 @@ class Dataset:
 
     def read_index_table(self, shard: int, columns: list[str] | None = None) -> pa.Table:
         name = index_name(self.shard_name(shard))
-        table = _read_parquet(self.store, name, INDEX_SCHEMA, columns)
+        table = read_parquet(self.store, name, INDEX_SCHEMA, columns)
         if len(table) != self.shard_samples[shard]:
             raise UserError(
                 f"{self.store.describe(name)} has {len(table)} rows, the manifest says "
@@ -156,7 +159,7 @@ def index_name(shard_name: str) -> str:
     return f"index/{shard_name.removesuffix('.tar')}.parquet"
 
 
-def _read_parquet(store: Store, name: str, schema: pa.Schema, columns: list[str] | None = None) -> pa.Table:
+def read_parquet(store: Store, name: str, schema: pa.Schema, columns: list[str] | None = None) -> pa.Table:
     try:
         data = store.read(name)
     except FileNotFoundError:
@@ -197,7 +200,14 @@ def fingerprint(contents: pa.ChunkedArray) -> str:
 
 
 def write_dataset(
-    store: Store, shards: pa.Table, image_bytes: int, classes: list[str], built: dict[str, Any]
+    store: Store,
+    shards: pa.Table,
+    image_bytes: int,
+    classes: list[str],
+    built: dict[str, Any],
+    *,
+    checksums: bool = True,
+    shards_url: str | None = None,
 ) -> Manifest:
     """Write the table of shards, then the manifest: from then on it is a dataset."""
     manifest = Manifest(
@@ -208,6 +218,8 @@ def write_dataset(
         image_bytes=image_bytes,
         classes=classes,
         built=built,
+        checksums=checksums,
+        shards_url=shards_url,
     )
     store.write(SHARDS, to_parquet(shards))
     store.write(MANIFEST, (manifest.model_dump_json(indent=2) + "\n").encode())
@@ -220,7 +232,11 @@ def open_dataset(url: str) -> Dataset:
     try:
         text = store.read(MANIFEST, FIRST_DEADLINE_S)
     except FileNotFoundError:
-        hint = "a build was begun and not finished: run it again" if _begun(store) else "is the path right?"
+        hint = (
+            "a build was begun and not finished: run it again"
+            if _begun(store)
+            else "is the path right? `maestream shards index` takes tars made by others"
+        )
         raise UserError(f"{store.url} is not a dataset: it has no {MANIFEST} ({hint})") from None
     try:
         version = json.loads(text)["format_version"]
@@ -235,7 +251,7 @@ def open_dataset(url: str) -> Dataset:
         raise UserError(
             f"{store.describe(MANIFEST)} is damaged ({first}): copy or build the dataset again"
         ) from None
-    shards = _read_parquet(store, SHARDS, SHARDS_SCHEMA)
+    shards = read_parquet(store, SHARDS, SHARDS_SCHEMA)
     if len(shards) != manifest.shards or sum(shards["samples"].to_pylist()) != manifest.samples:
         raise UserError(
             f"{store.describe(SHARDS)} does not belong to {MANIFEST}: copy or build the dataset again"
