@@ -68,7 +68,7 @@ def find_shards(store: Store) -> list[str]:
     for name in names:
         if COMPRESSED_NAME.search(name):
             raise UserError(compressed(store, name))
-    tars = [n for n in names if n.endswith(".tar") and not n.rpartition("/")[2].startswith(".")]
+    tars = [n for n in names if n.lower().endswith(".tar") and not n.rpartition("/")[2].startswith(".")]
     if not tars:
         raise UserError(f"{store.url} has no *.tar in it")
     return tars

@@ -173,7 +173,7 @@ def _take(file: RangedFile, sample: _Sample, member: tarfile.TarInfo, extension:
         return
     if member.offset_data + member.size > file.size:
         what = f"it ends too early, at byte {file.size}, in the middle of {printable(member.name)}"
-        raise TarDamageError(file.size, what)
+        raise TarDamageError(what)
     if extension in ("cls", "json"):
         if member.size > MAX_LABEL_FILE:
             sample.problem = sample.problem or f"its .{extension} has {member.size} bytes"

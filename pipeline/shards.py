@@ -136,9 +136,10 @@ def _claim(source: Source, store: Store, overwrite: bool) -> None:
     names = [name for name in store.names() if not PurePosixPath(name).name.startswith(TEMPORARY)]
     if MANIFEST in names and not overwrite:
         raise UserError(f"{store.url} already has a dataset: choose another destination, or add --overwrite")
-    if MANIFEST in names and b'"indexed"' in store.read(MANIFEST):  # asked of damaged ones too
+    if MANIFEST in names and b'"indexed":' in store.read(MANIFEST):  # in damaged ones too
         raise UserError(
-            f"{store.url} was made by `maestream shards index`, its tars may be all there is of them: choose another destination"
+            f"{store.url} was made by `maestream shards index`, and its tars may be the only ones: choose another "
+            "destination"
         )
     if names and MANIFEST not in names and BUILDING not in names:
         raise UserError(
@@ -247,7 +248,8 @@ def read_tar(file: BinaryIO) -> list[dict[str, Any]]:
 def verify(dataset: Dataset, on_shard: Callable[[], None] = lambda: None) -> list[str]:
     """Read every byte and decode every image. Returns what is wrong, a line each; empty for a sound dataset.
 
-    Without checksums in the manifest only what no longer decodes is found."""
+    Without checksums in the manifest only what no longer decodes is found.
+    """
     problems: list[str] = []
     if fingerprint(dataset.shard_content) != dataset.fingerprint:
         problems.append(

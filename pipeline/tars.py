@@ -21,11 +21,7 @@ COMPRESSED = (
 
 
 class TarDamageError(Exception):
-    """The tar cannot be read from `byte` on; the text says why, and fits after the shard's name."""
-
-    def __init__(self, byte: int, what: str) -> None:
-        super().__init__(what)
-        self.byte = byte
+    """A tar cannot be read on; the text says why and from which byte, and fits after the shard's name."""
 
 
 class RangedFile:
@@ -52,7 +48,7 @@ class RangedFile:
 
     def read(self, size: int) -> bytes:
         if not 0 <= size <= MAX_HEADER:
-            raise TarDamageError(self.position, f"the header before byte {self.position} is damaged")
+            raise TarDamageError(f"the header before byte {self.position} is damaged")
         data = self.at(self.position, size)
         self.met_end |= len(data) < size
         self.position += len(data)
@@ -66,7 +62,7 @@ class RangedFile:
         if self.digest is not None:
             self._advance(offset, end)
         elif not self.start <= offset <= end <= self.start + len(self.data):
-            near = offset - (self.start + len(self.data)) < self.window
+            near = offset - (self.start + len(self.data)) < WINDOW
             self.window = min(2 * self.window, MAX_WINDOW) if near else WINDOW
             length = min(max(end - offset, self.window), self.size - offset)
             self.start, self.data = offset, self.store.read_range(self.name, offset, length)
@@ -89,7 +85,7 @@ def tar_members(file: RangedFile) -> Iterator[tarfile.TarInfo]:
     off, or something follows its end. The caller checks that a member's body is there.
     """
     if file.size == 0:
-        raise TarDamageError(0, "it is empty")
+        raise TarDamageError("it is empty")
     tar: tarfile.TarFile | None = None
     end = 0
     while True:
@@ -103,9 +99,9 @@ def tar_members(file: RangedFile) -> Iterator[tarfile.TarInfo]:
             raise
         except Exception as error:  # damaged headers make tarfile raise nearly anything
             if file.met_end:
-                raise TarDamageError(file.size, f"it ends too early, at byte {file.size}") from error
+                raise TarDamageError(f"it ends too early, at byte {file.size}") from error
             what = f"the header at byte {end} is damaged" if end else "it is not a tar"
-            raise TarDamageError(end, what) from error
+            raise TarDamageError(what) from error
         end = tar.offset
         if member is None:
             break
@@ -118,14 +114,14 @@ def _check_end(file: RangedFile, end: int) -> None:
     """tarfile stops without a word where a header is damaged or missing: a tar ends with blocks of zeros."""
     block = file.at(end, BLOCK)
     if len(block) < BLOCK:
-        raise TarDamageError(file.size, f"it ends too early, at byte {file.size} (there is no end mark)")
+        raise TarDamageError(f"it ends too early, at byte {file.size} (there is no end mark)")
     if any(block):
-        raise TarDamageError(end, f"the header at byte {end} is damaged")
+        raise TarDamageError(f"the header at byte {end} is damaged")
     position = end + BLOCK
     while rest := file.at(position, WINDOW):
         if used := rest.lstrip(b"\0"):
             at = position + len(rest) - len(used)
             raise TarDamageError(
-                end, f"it goes on at byte {at}, after its end mark at byte {end} (tars joined with cat?)"
+                f"it goes on at byte {at}, after its end mark at byte {end} (tars joined with cat?)"
             )
         position += len(rest)
