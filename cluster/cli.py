@@ -19,6 +19,10 @@ from pipeline.errors import UserError
 from pipeline.manifest import open_dataset
 
 console = Console(highlight=False, soft_wrap=True, markup=False)  # file names are not markup
+NO_CHECKSUMS = (
+    "only headers were read, so flipped bytes of an image will not be noticed unless it no longer decodes: "
+    "`maestream shards index --checksums --overwrite` adds checksums"
+)
 SEED = click.IntRange(min=0, max=2**31 - 1)
 
 
@@ -100,6 +104,56 @@ def build(source: str, dest: str, shard_mb: float, seed: int, strict: bool, over
 
 @shards.command()
 @click.argument("dest")
+@click.option("--to", metavar="ELSEWHERE", help="Where indexes and manifest go, if not beside the tars.")
+@click.option("--checksums", is_flag=True, help="Read every byte, so that flipped ones are noticed later.")
+@click.option("--skip-damaged", is_flag=True, help="Leave damaged samples out, and name them.")
+@click.option("--overwrite", is_flag=True, help="Replace the indexes and manifest that are there.")
+def index(dest: str, to: str | None, checksums: bool, skip_damaged: bool, overwrite: bool) -> None:
+    """Make a dataset of the WebDataset tars that lie in DEST.
+
+    Only headers are read (and every byte with --checksums), and no tar is written to. Images are .jpg, .jpeg,
+    .png and .webp; labels are .cls, or "label", "cls" or "class" in .json.
+    """
+    from PIL import features
+
+    from pipeline.foreign import find_shards, index_shards
+    from pipeline.storage import open_store
+
+    store = open_store(dest)
+    names = find_shards(store)
+    with _progress() as progress:
+        task = progress.add_task("shards", total=len(names))
+        found = index_shards(
+            store,
+            names,
+            open_store(to or dest),
+            checksums=checksums,
+            skip_damaged=skip_damaged,
+            overwrite=overwrite,
+            on_shard=lambda: progress.advance(task),
+        )
+    for line in found.left_out.named:
+        console.print(f"left out {line}", style="yellow")
+    if found.left_out.count > len(found.left_out.named):
+        console.print(f"… and {found.left_out.count - len(found.left_out.named):,} more", style="yellow")
+    if found.webp and not features.check("webp"):
+        console.print(f"{found.webp:,} images are WebP, which Pillow here cannot decode", style="yellow")
+    manifest = found.manifest
+    console.print(
+        f"{manifest.samples:,} images in {manifest.shards} shards, {manifest.image_bytes / 2**20:,.1f} MiB, "
+        f"{len(manifest.classes)} classes, {found.left_out.count:,} left out, {found.without_label:,} without a "
+        f"label → {to or dest}"
+    )
+    if found.without_image or found.other_files:
+        console.print(
+            f"passed over: {found.without_image:,} samples without an image, {found.other_files:,} other files"
+        )
+    if not checksums:
+        console.print(NO_CHECKSUMS)
+
+
+@shards.command()
+@click.argument("dest")
 @click.option("--grid", type=click.Path(dir_okay=False, writable=True), help="Write a contact sheet (PNG).")
 def show(dest: str, grid: str | None) -> None:
     """Counts, sizes, classes, and a contact sheet of a dataset."""
@@ -116,11 +170,14 @@ def show(dest: str, grid: str | None) -> None:
         "shards": f"{manifest.shards:,}, {sizes.min():.1f} to {sizes.max():.1f} MiB",
         "images": f"{manifest.image_bytes / 2**20:,.1f} MiB, {dataset.mean_sample_bytes / 1000:.1f} kB on average",
         "classes": f"{len(manifest.classes)}: {_shorten(manifest.classes)}" if manifest.classes else "none",
+        **({"tars": manifest.shards_url} if manifest.shards_url else {}),
         "built": ", ".join(f"{key} {value}" for key, value in manifest.built.items()),
     }
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
+    if not manifest.checksums:
+        console.print(NO_CHECKSUMS)
     if grid:
         from pipeline.contact_sheet import draw_contact_sheet
 
@@ -155,8 +212,11 @@ def verify(dest: str) -> None:
         console.print(f"{len(problems)} problems in {dataset.store.url}")
         sys.exit(1)
     console.print(
-        f"{dataset.samples:,} images in {dataset.manifest.shards} shards are whole: {dataset.store.url}"
+        f"{dataset.samples:,} images in {dataset.manifest.shards} shards "
+        f"{'are whole' if dataset.manifest.checksums else 'decode'}: {dataset.store.url}"
     )
+    if not dataset.manifest.checksums:
+        console.print(f"their bytes could not be checked: {NO_CHECKSUMS}")
 
 
 @cli.command()

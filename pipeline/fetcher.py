@@ -59,15 +59,17 @@ class Answer(NamedTuple):
 
 
 class Fetcher:
-    """Reads of one store. Safe to use from several threads.
+    """Reads of one dataset. Safe to use from several threads.
 
     Args:
-        url: what the names in requests are relative to.
+        shards_url: where the shards lie.
+        indexes_url: where the indexes lie.
         kept: the kept part, if there is one.
     """
 
-    def __init__(self, url: str, kept: KeptPart | None = None) -> None:
-        self.job = json.dumps({"url": url, "kept": asdict(kept) if kept else None})
+    def __init__(self, shards_url: str, indexes_url: str, kept: KeptPart | None = None) -> None:
+        kept_part = asdict(kept) if kept else None
+        self.job = json.dumps({"shards_url": shards_url, "indexes_url": indexes_url, "kept": kept_part})
         self.storage_bytes = 0  # read from storage so far
         self.kept_bytes = 0  # read from the kept part so far
         self.lock = threading.Lock()
@@ -87,7 +89,7 @@ class Fetcher:
         return self._request({"ranges": ranges, "keep": keep})
 
     def whole(self, name: str) -> "Future[memoryview]":
-        """Begin to read the whole of a small object, before all ranges that still wait."""
+        """Begin to read the whole of an index, before all ranges that still wait."""
         return self._request({"whole": name})
 
     def close(self) -> None:

@@ -49,9 +49,12 @@ class Reply:
 
 
 class Fetching:
-    def __init__(self, answers: socket.socket, url: str, kept: dict[str, Any] | None) -> None:
+    def __init__(
+        self, answers: socket.socket, shards_url: str, indexes_url: str, kept: dict[str, Any] | None
+    ) -> None:
         self.answers = answers
-        self.store = open_store(url, known=True)
+        self.store = open_store(shards_url, known=True)
+        self.index_store = open_store(indexes_url, known=True)
         self.kept = KeptPart(**kept) if kept else None
         self.full = False  # the kept part takes no more
         self.sending = threading.Lock()
@@ -128,11 +131,11 @@ class Fetching:
     def _do_whole(self, request: int, name: str) -> None:
         reply = Reply(request, -1, 0)
         try:
-            data = self.store.read(name)
+            data = self.index_store.read(name)
             reply.file = _anonymous_file(len(data))
             reply.storage_bytes = os.pwrite(reply.file, data, 0)
         except Exception as problem:
-            reply.error = _explain(problem, self.store.describe(name))
+            reply.error = _explain(problem, self.index_store.describe(name))
         self._answer(reply)
 
     def _answer(self, reply: Reply) -> None:

@@ -143,7 +143,7 @@ def decode_batch(
     for i, reason in bad.items():
         weights[i] = 0
         decoded.images[i] = 0
-        shard = dataset.store.describe(dataset.shard_name(int(samples.located.shard[i])))
+        shard = dataset.shard_store.describe(dataset.shard_name(int(samples.located.shard[i])))
         log.warning(
             "bad sample %d, %s at byte %d of %s: %s",
             samples.ids[i],

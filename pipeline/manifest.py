@@ -37,7 +37,7 @@ SHARDS_SCHEMA = pa.schema(
         ("name", pa.string()),
         ("samples", pa.int64()),
         ("bytes", pa.int64()),  # of the tar
-        ("sha256", pa.string()),  # of the tar
+        ("sha256", pa.string()),  # of the tar; "" where its bytes were not read
         ("content", pa.string()),  # digest of what is trained on, see content_digest
     ]
 )
@@ -49,7 +49,7 @@ INDEX_SCHEMA = pa.schema(
         ("label", pa.int32()),  # NO_LABEL where there is none
         ("width", pa.int32()),  # as stored: EXIF orientation is ignored everywhere
         ("height", pa.int32()),
-        ("crc32c", pa.uint32()),  # of the image's bytes
+        ("crc32c", pa.uint32()),  # of the image's bytes; 0 where they were not read
     ]
 )
 
@@ -68,6 +68,8 @@ class Manifest(BaseModel):
     image_bytes: int
     classes: list[str]
     built: dict[str, Any]  # how it was made; for people, nothing depends on it
+    checksums: bool = True  # whether crc32c (of the indexes) and sha256 (of the table) are known
+    shards_url: str | None = None  # where the tars lie, if not beside this file
 
 
 INDEX_ROW = np.dtype(
@@ -111,8 +113,11 @@ class Located:
 class Dataset:
     """An opened dataset. Safe to use from several threads."""
 
-    def __init__(self, store: Store, manifest: Manifest, shards: pa.Table, identity: str) -> None:
-        self.store = store
+    def __init__(
+        self, store: Store, shard_store: Store, manifest: Manifest, shards: pa.Table, identity: str
+    ) -> None:
+        self.store = store  # of manifest, table and indexes
+        self.shard_store = shard_store  # of the tars
         self.manifest = manifest
         self.identity = identity  # of the shards as files, where the fingerprint is of what is trained on
         self.shard_names: pa.ChunkedArray = shards["name"]
@@ -196,11 +201,11 @@ class Dataset:
         return self._parse_index(shard, self._read(index_name(self.shard_name(shard))), INDEX_SCHEMA.names)
 
     def _read(self, name: str) -> bytes:
-        return _read_object(self.store, name)
+        return read_object(self.store, name)
 
     def _parse_index(self, shard: int, data: bytes | memoryview, columns: list[str]) -> pa.Table:
         name = index_name(self.shard_name(shard))
-        table = _parse_parquet(self.store.describe(name), data, INDEX_SCHEMA, columns)
+        table = parse_parquet(self.store.describe(name), data, INDEX_SCHEMA, columns)
         if len(table) != self.shard_samples[shard]:
             raise UserError(
                 f"{self.store.describe(name)} has {len(table)} rows, the manifest says "
@@ -216,14 +221,14 @@ def index_name(shard_name: str) -> str:
     return f"index/{shard_name.removesuffix('.tar')}.parquet"
 
 
-def _read_object(store: Store, name: str) -> bytes:
+def read_object(store: Store, name: str) -> bytes:
     try:
         return store.read(name)
     except FileNotFoundError:
         raise UserError(f"{store.describe(name)} is missing: copy or build the dataset again") from None
 
 
-def _parse_parquet(where: str, data: bytes | memoryview, schema: pa.Schema, columns: list[str]) -> pa.Table:
+def parse_parquet(where: str, data: bytes | memoryview, schema: pa.Schema, columns: list[str]) -> pa.Table:
     try:
         # Not pq.read_table: it leaves Arrow's threads behind, and a process that ends soon after aborts now and
         # then ("terminate called without an active exception").
@@ -258,7 +263,14 @@ def fingerprint(contents: pa.ChunkedArray) -> str:
 
 
 def write_dataset(
-    store: Store, shards: pa.Table, image_bytes: int, classes: list[str], built: dict[str, Any]
+    store: Store,
+    shards: pa.Table,
+    image_bytes: int,
+    classes: list[str],
+    built: dict[str, Any],
+    *,
+    checksums: bool = True,
+    shards_url: str | None = None,
 ) -> Manifest:
     """Write the table of shards, then the manifest: from then on it is a dataset."""
     manifest = Manifest(
@@ -269,6 +281,8 @@ def write_dataset(
         image_bytes=image_bytes,
         classes=classes,
         built=built,
+        checksums=checksums,
+        shards_url=shards_url,
     )
     store.write(SHARDS, to_parquet(shards))
     store.write(MANIFEST, (manifest.model_dump_json(indent=2) + "\n").encode())
@@ -282,7 +296,11 @@ def open_dataset(url: str, known: bool = False) -> Dataset:
     try:
         text = store.read(MANIFEST)
     except FileNotFoundError:
-        hint = "a build was begun and not finished: run it again" if _begun(store) else "is the path right?"
+        hint = (
+            "a build was begun and not finished: run it again"
+            if _begun(store)
+            else "is the path right? `maestream shards index` takes tars made by others"
+        )
         raise UserError(f"{store.url} is not a dataset: it has no {MANIFEST} ({hint})") from None
     try:
         version = json.loads(text)["format_version"]
@@ -297,13 +315,14 @@ def open_dataset(url: str, known: bool = False) -> Dataset:
         raise UserError(
             f"{store.describe(MANIFEST)} is damaged ({first}): copy or build the dataset again"
         ) from None
-    table = _read_object(store, SHARDS)
-    shards = _parse_parquet(store.describe(SHARDS), table, SHARDS_SCHEMA, SHARDS_SCHEMA.names)
+    table = read_object(store, SHARDS)
+    shards = parse_parquet(store.describe(SHARDS), table, SHARDS_SCHEMA, SHARDS_SCHEMA.names)
     if len(shards) != manifest.shards or int(shards["samples"].to_numpy().sum()) != manifest.samples:
         raise UserError(
             f"{store.describe(SHARDS)} does not belong to {MANIFEST}: copy or build the dataset again"
         )
-    return Dataset(store, manifest, shards, hashlib.sha256(text + table).hexdigest())
+    shard_store = open_store(manifest.shards_url, known) if manifest.shards_url else store
+    return Dataset(store, shard_store, manifest, shards, hashlib.sha256(text + table).hexdigest())
 
 
 BUILDING = "building.json"  # present while a build is under way, see pipeline.shards

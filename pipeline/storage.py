@@ -33,7 +33,12 @@ S3_OPTIONS = {
     # Objects are immutable here and folders change under us: a cached listing can only be wrong.
     "use_listings_cache": False,
     # A body that stalls for this long is a fault. One attempt: what is retried is retried here.
-    "config_kwargs": {"connect_timeout": 5, "read_timeout": 10, "retries": {"max_attempts": 0}},
+    "config_kwargs": {
+        "connect_timeout": 5,
+        "read_timeout": 10,
+        "retries": {"max_attempts": 0},
+        "max_pool_connections": 64,  # botocore's 10 would be fewer than the reads under way
+    },
 }
 
 

@@ -1,9 +1,11 @@
 """What people type: the commands do what they say, and bad input is one clear message and exit code 2."""
 
+import io
 import json
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -37,6 +39,23 @@ def test_build_show_and_verify(tmp_path: Path) -> None:
     done = maestream("shards", "verify", tmp_path / "out", check=False)
     assert done.returncode == 1
     assert "shard-000000.tar: a/" in done.stdout or "shard-000000.tar: b/" in done.stdout
+
+
+def test_shards_made_by_others(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, data in {"a.jpg": draw_scene(0, 0, 0), "a.cls": b"cat", "b.jpg": b"torn"}.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    assert "b.jpg: it is no JPEG, PNG or WebP. Mend it, or" in refused("shards", "index", tmp_path)
+    out = maestream("shards", "index", tmp_path, "--skip-damaged", "--to", tmp_path / "elsewhere").stdout
+    assert "left out x.tar: b at byte" in out
+    assert "1 images in 1 shards" in out
+    assert "flipped bytes of an image will not be noticed" in out
+    out = maestream("shards", "show", tmp_path / "elsewhere").stdout
+    assert "1: cat" in out
+    assert "indexed " in out
+    assert "their bytes could not be checked" in maestream("shards", "verify", tmp_path / "elsewhere").stdout
 
 
 def test_a_build_that_is_killed_is_no_dataset_and_building_again_finishes_it(tmp_path: Path) -> None:
@@ -128,7 +147,8 @@ def test_reconstruct_needs_a_run(scenes: Dataset, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["shards build", "shards show", "shards verify", "order", "pretrain", "reconstruct"]
+    "command",
+    ["shards build", "shards index", "shards show", "shards verify", "order", "pretrain", "reconstruct"],
 )
 def test_every_command_of_the_readme_exists(command: str) -> None:
     assert f"maestream {command}" in (ROOT / "README.md").read_text()
