@@ -37,6 +37,7 @@ class Batch:
     labels: torch.Tensor  # int64[n], NO_LABEL where there is none
     sample_ids: torch.Tensor  # int64[n]
     weights: torch.Tensor  # float32[n]: 1, or 0 for a bad sample, whose pixels are zeros
+    bad: dict[int, str]  # position of a bad sample → why it is bad
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def decode_batch(
             reason,
         )
     labels = torch.from_numpy(samples.located.label)
-    return Batch(decoded.images, labels, torch.from_numpy(samples.ids), weights)
+    return Batch(decoded.images, labels, torch.from_numpy(samples.ids), weights, bad)
 
 
 def centred_batch(dataset: Dataset, decoder: Decoder, ids: Ints) -> Batch:

@@ -97,8 +97,25 @@ class DataConfig(_Config):
     lanes: Count | None = None  # V; default B / 4 where 4 divides B, else B
     block: Count | None = None  # K; default what memory_gb allows, 128 at most
     memory_gb: Positive = 16.0  # the read window of the whole cluster, from which K is chosen
+    cache: str | None = None  # a folder on each node's own disk, where a fixed part of the dataset is kept
+    cache_gb: Positive | None = None  # how large that part may become
+    bad_samples: Annotated[int, Field(ge=0)] = 10  # so many distinct ones are put up with, or
+    bad_share: Annotated[float, Field(ge=0, lt=1)] = 1e-4  # so large a share of the dataset, if that is more
     decoder: DecoderName = "auto"
     threads: Count | None = None  # decoding threads a worker; default its share of the machine's cores
+
+    @model_validator(mode="after")
+    def _fits(self) -> "DataConfig":
+        if (self.cache is None) != (self.cache_gb is None):
+            raise ValueError(
+                "cache and cache_gb go together: where a part of the dataset is kept, and how much"
+            )
+        return self
+
+    @property
+    def kept_part(self) -> tuple[str, int] | None:
+        """Folder and bytes of the kept part."""
+        return (self.cache, int(self.cache_gb * 2**30)) if self.cache and self.cache_gb else None
 
 
 class CheckpointConfig(_Config):
@@ -140,6 +157,10 @@ FREE_ON_RESUME = (
     "data.decoder",
     "data.threads",
     "data.memory_gb",
+    "data.cache",
+    "data.cache_gb",
+    "data.bad_samples",
+    "data.bad_share",
 )
 
 C = TypeVar("C", bound=_Config)

@@ -18,6 +18,7 @@ from pipeline.decode import make_decoder
 from pipeline.errors import UserError
 from pipeline.loader import Loader, TrainBatch
 from pipeline.manifest import Dataset
+from trainer.bad_samples import BadSamples
 from trainer.checkpoint import (
     Checkpointer,
     check_finite,
@@ -73,7 +74,8 @@ def pretrain(config: PretrainConfig, dataset: Dataset, run: Run) -> None:
     # ---- data, and where to report
     threads = config.data.threads or torch.get_num_threads()  # this worker's share of the cores
     decoder = make_decoder(config.data.decoder, config.model.image_size, threads)
-    loader = Loader(dataset, order, decoder, run.rank, run.world_size)
+    loader = Loader(dataset, order, decoder, run.rank, run.world_size, config.data.kept_part)
+    bad_samples = BadSamples(run, dataset, config.data)
     leads = run.rank == 0
     checkpointer = Checkpointer(run, config, dataset.fingerprint)
     metrics = Metrics(run) if leads else None
@@ -97,6 +99,7 @@ def pretrain(config: PretrainConfig, dataset: Dataset, run: Run) -> None:
         lr = learning_rate(batch.step, total_steps, order.steps_per_epoch, config.global_batch, config.optim)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        bad_samples.see(batch)
         sums = train_step(trained, optimizer, batch, config, run)
         pending.append(Pending(batch.step, batch.epoch, lr, batch.wait_s, sums))
 
@@ -114,6 +117,8 @@ def pretrain(config: PretrainConfig, dataset: Dataset, run: Run) -> None:
                     f"the loss is {loss} at step {seen.step} (epoch {seen.epoch}); the last commit is from before "
                     "that. Start a new run with a lower optim.blr or a longer warm-up"
                 )
+        if any(bad):
+            bad_samples.look()
         if metrics is not None:
             now = time.perf_counter()
             rows = [
@@ -127,10 +132,10 @@ def pretrain(config: PretrainConfig, dataset: Dataset, run: Run) -> None:
                     "img_per_s": len(pending) * config.global_batch / (now - looked),
                     "data_wait_s": seen.wait_s,
                     "step_s": (now - looked) / len(pending),
-                    "bad_samples": bad_samples,
+                    "bad_samples": bad_count,
                     "world_size": run.world_size,
                 }
-                for seen, loss, bad_samples in zip(pending, losses, bad, strict=True)
+                for seen, loss, bad_count in zip(pending, losses, bad, strict=True)
             ]
             metrics.write(rows)
             run.on_metrics({**rows[-1], "total_steps": total_steps})
