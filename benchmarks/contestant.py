@@ -10,9 +10,13 @@ torchvision does not import with the torch that this project pins, so what it wo
 lines that it is.
 """
 
+import functools
 import json
+import multiprocessing
+import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -124,8 +128,9 @@ def webdataset(plan: Plan, batch: int, workers: int) -> Batches:
     )
 
 
-def spdl(plan: Plan, batch: int, workers: int) -> Batches:
-    """SPDL's documented pipeline: threads of one process, each decodes with PIL. Its own decoder needs FFmpeg."""
+def spdl(plan: Plan, batch: int, workers: int, *, whole_batches: bool) -> Batches:
+    """SPDL's documented pipeline: threads of one process, which decode with PIL. A task is an image, or a batch.
+    (SPDL's own decoder needs FFmpeg's libraries on the machine.)"""
     from spdl.pipeline import PipelineBuilder
 
     def load(visit: tuple[int, int]) -> tuple[np.ndarray, int]:
@@ -134,12 +139,19 @@ def spdl(plan: Plan, batch: int, workers: int) -> Batches:
             image = Image.open(file).convert("RGB")
         return np.asarray(crop_and_flip(image, plan.boxes[nth, i], plan.flips[nth, i])), i
 
-    def collate(items: list[tuple[np.ndarray, int]]) -> tuple[torch.Tensor, np.ndarray]:
-        images, ids = zip(*items, strict=True)
-        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), np.array(ids)
+    def collate(items: list[tuple[np.ndarray, int]]) -> tuple[torch.Tensor, list[int]]:
+        images = np.stack([image for image, _ in items])
+        return torch.from_numpy(images).permute(0, 3, 1, 2), [i for _, i in items]
 
-    builder = PipelineBuilder().add_source(plan.visits()).pipe(load, concurrency=workers)
-    pipeline = builder.aggregate(batch).pipe(collate).add_sink(3).build(num_threads=workers)
+    def load_batch(visits: list[tuple[int, int]]) -> tuple[torch.Tensor, list[int]]:
+        return collate([load(visit) for visit in visits])
+
+    builder = PipelineBuilder().add_source(plan.visits())
+    if whole_batches:
+        builder = builder.aggregate(batch).pipe(load_batch, concurrency=workers)
+    else:
+        builder = builder.pipe(load, concurrency=workers).aggregate(batch).pipe(collate)
+    pipeline = builder.add_sink(3).build(num_threads=workers)
     with pipeline.auto_stop():
         yield from pipeline
 
@@ -156,7 +168,11 @@ def dali(plan: Plan, batch: int, workers: int) -> Batches:
             paths=plan.shards, index_paths=indexes, ext=["jpg"], random_shuffle=True, initial_fill=1000
         )
         images = fn.decoders.image_random_crop(
-            jpegs, random_area=[0.2, 1.0], random_aspect_ratio=[3 / 4, 4 / 3], adjust_orientation=False
+            jpegs,
+            random_area=[0.2, 1.0],
+            random_aspect_ratio=[3 / 4, 4 / 3],
+            adjust_orientation=False,
+            jpeg_fancy_upsampling=True,  # as libjpeg does by default; it costs nothing measurable
         )
         images = fn.resize(images, size=(SIZE, SIZE), interp_type=types.INTERP_CUBIC, antialias=True)
         return fn.flip(images, horizontal=fn.random.coin_flip())
@@ -170,7 +186,8 @@ CONTESTANTS = {
     "our decoder": our_decoder,
     "imagefolder": imagefolder,
     "webdataset": webdataset,
-    "spdl": spdl,
+    "spdl": functools.partial(spdl, whole_batches=False),
+    "spdl batches": functools.partial(spdl, whole_batches=True),
     "dali": dali,
 }
 
@@ -178,20 +195,44 @@ CONTESTANTS = {
 # ---- measuring ------------------------------------------------------------------------------------------------
 
 
-def measure(batches: Batches, samples: int, batch: int) -> tuple[float, np.ndarray]:
-    """Images a second over one pass, and uint8[samples, 3, 7, 7]: points of the images of the pass before it,
-    zeros for samples that were not in that one."""
+def own_cpu_s() -> float:
+    """Seconds of CPU that this process and its live workers have used."""
+    ticks = 0
+    for worker in multiprocessing.active_children():
+        fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])  # user, system
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def all_cpu_s() -> float:
+    """Seconds that our cores were busy, for whomever; what a host took from a virtual machine counts too."""
+    ours = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+    rows = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
+    # user, nice, system, (idle, iowait,) irq, softirq, steal
+    ticks = sum(int(row[i]) for row in rows if row[0] in ours for i in (1, 2, 3, 6, 7, 8))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def measure(batches: Batches, samples: int, batch: int) -> tuple[dict[str, float], np.ndarray]:
+    """One pass by the clock, and the points of the pass before it.
+
+    Returns
+        img/s, and how many cores it and others kept busy;
+        uint8[samples, 3, 7, 7], zeros for samples that were not in the pass before.
+    """
     points = np.zeros((samples, 3, 7, 7), np.uint8)
     for _ in range(samples // batch):
         images, ids = next(batches)
         if ids is not None:
             points[np.asarray(ids)] = images[:, :, POINTS, POINTS].numpy()
-    begin = time.perf_counter()
+    begin, own, everyone = time.perf_counter(), own_cpu_s(), all_cpu_s()
     for _ in range(samples // batch):
         images, _ = next(batches)
         if images.shape != (batch, 3, SIZE, SIZE) or images.dtype != torch.uint8:
             raise ValueError(f"a batch is {images.dtype}{list(images.shape)}")
-    return samples // batch * batch / (time.perf_counter() - begin), points
+    seconds, own, everyone = time.perf_counter() - begin, own_cpu_s() - own, all_cpu_s() - everyone
+    rate = samples // batch * batch / seconds
+    return {"rate": rate, "cores": own / seconds, "others": (everyone - own) / seconds}, points
 
 
 def versions() -> dict[str, str]:
@@ -205,11 +246,14 @@ def versions() -> dict[str, str]:
 
 
 def main(name: str, folder: str, batch: str, workers: str) -> None:
+    warnings.filterwarnings(
+        "ignore", message="This DataLoader will create"
+    )  # more workers than cores: tried too
     plan = load_plan(Path(folder))
     batches = CONTESTANTS[name](plan, int(batch), int(workers))
-    rate, points = measure(batches, plan.samples, int(batch))
+    measured, points = measure(batches, plan.samples, int(batch))
     np.save(f"{folder}/points.npy", points)
-    print(json.dumps({"rate": rate, "versions": versions()}), flush=True)
+    print(json.dumps({**measured, "versions": versions()}), flush=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,16 @@ from rich.table import Table
 
 RESULTS = Path("benchmarks/results")
 OURS = "maestream"
-COLUMNS = ("contestant", "workers", "img/s", "min–max", "maestream is", "min–max", "crops apart")
+COLUMNS = (
+    "contestant",
+    "workers",
+    "cores busy",
+    "img/s",
+    "min–max",
+    "maestream is",
+    "min–max",
+    "crops apart",
+)
 
 
 def cpu_model() -> str:
@@ -21,19 +30,27 @@ def cpu_model() -> str:
     return found[1].strip() if found else platform.processor() or "unknown CPU"
 
 
+def each_round(result: dict[str, Any], title: str, what: str) -> list[float]:
+    return [measured[title][what] for measured in result["rounds"]]
+
+
+def median(result: dict[str, Any], title: str, what: str) -> float:
+    return statistics.median(each_round(result, title, what))
+
+
 def rows(result: dict[str, Any]) -> list[list[str]]:
     """Of COLUMNS, the fastest first."""
-    rounds = [measured["rates"] for measured in result["rounds"]]
     table = []
-    for title in sorted(rounds[0], key=lambda title: -statistics.median(r[title] for r in rounds)):
-        rates = [r[title] for r in rounds]
-        ratios = [r[OURS] / r[title] for r in rounds]  # of the same round
+    for title in sorted(result["workers"], key=lambda title: -median(result, title, "rate")):
+        rates = each_round(result, title, "rate")
+        ratios = [a / b for a, b in zip(each_round(result, OURS, "rate"), rates, strict=True)]
         apart = result["crops_apart"][title]
         table.append(
             [
                 title,
                 str(result["workers"][title]),
-                f"{statistics.median(rates):,.0f}",
+                f"{median(result, title, 'cores'):.2f}",
+                f"{median(result, title, 'rate'):,.0f}",
                 f"{min(rates):,.0f}–{max(rates):,.0f}",
                 f"{statistics.median(ratios):.2f} ×",
                 f"{min(ratios):.2f}–{max(ratios):.2f}",
@@ -47,7 +64,7 @@ def way_from_the_floor(result: dict[str, Any]) -> list[str]:
     """Where the time of an image goes, in µs of one core: each step adds what the one before has not."""
     cores = result["cores"]
     titles = ["our decoder alone, 1 thread", f"our decoder alone, {cores} threads", OURS]
-    rate = {t: statistics.median(r["rates"][t] for r in result["rounds"]) for t in titles}
+    rate = {title: median(result, title, "rate") for title in titles}
     one, all_cores, ours = titles
     floor = rate[one] * cores
     cost = {one: 1e6 / rate[one], all_cores: cores * 1e6 / rate[all_cores], ours: cores * 1e6 / rate[ours]}
@@ -60,10 +77,18 @@ def way_from_the_floor(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def disturbance(result: dict[str, Any]) -> str:
+    others = [run["others"] for measured in result["rounds"] for run in measured.values()]
+    return (
+        f"Other processes used {max(statistics.median(others), 0):.2f} of the {result['cores']} cores in the median run, "
+        f"{max(others):.2f} at most."
+    )
+
+
 def write_report(result: dict[str, Any], console: Console) -> None:
     now = datetime.datetime.now(datetime.UTC)
     result = {"date": now.isoformat(timespec="minutes"), "cpu": cpu_model(), **result}
-    lines, table = way_from_the_floor(result), rows(result)
+    lines, table = [*way_from_the_floor(result), disturbance(result)], rows(result)
 
     shown = Table(*COLUMNS)
     for row in table:
