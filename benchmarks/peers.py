@@ -16,6 +16,7 @@ it draws its own by the same law.
 import json
 import os
 import random
+import shlex
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,7 @@ import numpy as np
 from rich.console import Console
 
 from benchmarks.plan import PASSES, SEED, Plan, save_plan
-from benchmarks.report import write_report
+from benchmarks.report import DECODER_ALONE, OURS, YARDSTICK, write_report
 from pipeline.augment import random_flips, random_resized_crops
 from pipeline.manifest import open_dataset
 from pipeline.shards import build, check_image
@@ -55,10 +56,10 @@ class Contestant:
 def contestants() -> list[Contestant]:
     simd, pillow = (f".venv-peers-{pil}/bin/python" for pil in ("simd", "pillow"))
     return [
-        Contestant("maestream", "ours", sys.executable, (CORES,)),
-        Contestant("our decoder alone, 1 thread", "our decoder", sys.executable, (1,)),
-        Contestant(f"our decoder alone, {CORES} threads", "our decoder", sys.executable, (CORES,)),
-        Contestant("ImageFolder + DataLoader, Pillow", "imagefolder", pillow, TRIED_WORKERS),
+        Contestant(OURS, "ours", sys.executable, (CORES,)),
+        Contestant(DECODER_ALONE[0], "our decoder", sys.executable, (1,)),
+        Contestant(DECODER_ALONE[1], "our decoder", sys.executable, (CORES,)),
+        Contestant(YARDSTICK, "imagefolder", pillow, TRIED_WORKERS),
         Contestant("ImageFolder + DataLoader, pillow-simd", "imagefolder", simd, TRIED_WORKERS),
         Contestant("webdataset + DataLoader, Pillow", "webdataset", pillow, TRIED_WORKERS),
         Contestant("webdataset + DataLoader, pillow-simd", "webdataset", simd, TRIED_WORKERS),
@@ -134,7 +135,7 @@ def crops_apart(reference: np.ndarray) -> float | None:
 @click.option("--rounds", default=5, show_default=True)
 def main(images: str | None, samples: int, batch: int, rounds: int) -> None:
     """Measure our loader against its peers."""
-    console = Console()
+    console = Console(width=max(Console().width, 120))  # the table's
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
     console.print(f"preparing {samples} images in {FOLDER}")
     prepare(images, samples)
@@ -165,11 +166,11 @@ def main(images: str | None, samples: int, batch: int, rounds: int) -> None:
         measured.append(
             {title: {k: result[k] for k in ("rate", "cores", "others")} for title, result in results.items()}
         )
-        console.print(f"round {number + 1} of {rounds}: maestream {results['maestream']['rate']:,.0f} img/s")
+        console.print(f"round {number + 1} of {rounds}: {OURS} {results[OURS]['rate']:,.0f} img/s")
 
     write_report(
         {
-            "command": f"make bench-peers{f' IMAGES={images}' if images else ''}",
+            "command": shlex.join(["python", "-m", "benchmarks.peers", *sys.argv[1:]]),
             "arguments": {"images": images, "samples": samples, "batch": batch, "rounds": rounds},
             "cores": CORES,
             "workers": best,
