@@ -11,6 +11,10 @@ What is the same for all: the files' bytes, in files or in shards, in the page c
 `pipeline.augment`; bicubic with antialiasing to 224 × 224; uint8[B, 3, 224, 224] with sample ids out, in the main
 process. That the crops are the same is checked on points of each image. DALI's reader cannot be handed boxes:
 it draws its own by the same law.
+
+What it made stays in runs/bench-peers, so that one contestant can be run again by hand:
+
+    .venv/bin/python -m benchmarks.contestant ours runs/bench-peers 64 2
 """
 
 import json
@@ -173,6 +177,7 @@ def main(images: str | None, samples: int, batch: int, rounds: int) -> None:
             "command": shlex.join(["python", "-m", "benchmarks.peers", *sys.argv[1:]]),
             "arguments": {"images": images, "samples": samples, "batch": batch, "rounds": rounds},
             "cores": CORES,
+            "quiet": QUIET,
             "workers": best,
             "tried": tried,
             "crops_apart": apart,

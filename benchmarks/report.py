@@ -89,6 +89,7 @@ def disturbance(result: dict[str, Any]) -> str:
     return (
         f"Other processes used {max(statistics.median(others), 0):.2f} of the {result['cores']} cores in the median run, "
         f"{max(others):.2f} at most."
+        + (" The machine was not quiet: measure again." if max(others) > result["quiet"] else "")
     )
 
 
