@@ -1,4 +1,5 @@
-# make demo | test | soak | setup; each does its own set-up in .venv. STORE=s3 runs the demo on a local S3.
+# make demo | test | soak | bench-peers | setup; each does its own set-up in .venv. STORE=s3 runs the demo on a
+# local S3. IMAGES=DIR gives the benchmark photographs.
 PYTHON ?= python3
 BIN := .venv/bin
 STORE ?= local
@@ -9,7 +10,7 @@ PILLOW := pillow==13.0.0
 pinned = $(shell grep -o '^$(1)==[^ ;]*' requirements.lock)
 DALI_HOST := sys_platform == "linux" and platform_machine == "x86_64"
 
-.PHONY: setup test check soak demo s3 lock
+.PHONY: setup test check soak demo s3 lock bench-peers
 
 setup: .venv/.ready
 
@@ -56,6 +57,20 @@ s3: .venv-s3/.ready
 
 demo: setup $(if $(filter s3,$(STORE)),s3)
 	@STORE=$(STORE) bash demo.sh
+
+# Our loader and its peers, which have two environments of their own: with pillow-simd and with Pillow.
+bench-peers: setup .venv-peers-simd/.ready .venv-peers-pillow/.ready
+	@$(BIN)/python -m benchmarks.peers $(if $(IMAGES),--images "$(IMAGES)")
+
+.venv-peers-simd/.ready: PIL := --no-binary :all: $(call pinned,pillow-simd)
+.venv-peers-pillow/.ready: PIL := $(PILLOW)
+.venv-peers-%/.ready: benchmarks/requirements-peers.lock
+	@echo "setting up .venv-peers-$* (2 GB)"
+	@$(PYTHON) -m venv .venv-peers-$*
+	@.venv-peers-$*/bin/pip install -qq $(call pinned,torch)
+	@.venv-peers-$*/bin/pip install -qq --no-deps -r benchmarks/requirements-peers.lock
+	@.venv-peers-$*/bin/pip install -qq --no-deps $(PIL)
+	@touch $@
 
 # Renew the pins. Torch is pinned without its build's suffix, so that any build of that version will do.
 lock: setup

@@ -1,0 +1,53 @@
+"""What every contestant of `benchmarks.peers` is given: the same JPEGs as files and as shards, and the same crops.
+
+    FOLDER/images/0007/0002.jpg   a class folder an image, a file a copy of it
+    FOLDER/shards/                the same, built by `pipeline.shards`
+    FOLDER/plan.npz               key, crop boxes and flips of each sample id
+
+This module needs numpy alone, because the peers' environments have little more.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+SEED = 0
+SIZE = 224  # pixels, of a crop's side
+PASSES = 3  # over the images: one to warm up, one timed, one so that nobody runs dry at the end
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sample ids are those of the shards: places in their manifest's order. N samples."""
+
+    folder: Path
+    keys: npt.NDArray[np.str_]  # [N]
+    boxes: npt.NDArray[np.int64]  # [PASSES, N, 4]: (y, x, height, width) in stored pixels
+    flips: npt.NDArray[np.bool_]  # [PASSES, N]
+
+    @property
+    def samples(self) -> int:
+        return len(self.keys)
+
+    def file(self, sample_id: int) -> str:
+        return f"{self.folder}/images/{self.keys[sample_id]}.jpg"
+
+    @property
+    def shards(self) -> list[str]:
+        return sorted(str(path) for path in (self.folder / "shards").glob("*.tar"))
+
+    def visits(self) -> list[tuple[int, int]]:
+        """(pass, sample id) of PASSES passes, each shuffled by itself as a RandomSampler does."""
+        shuffled = np.random.default_rng(SEED)
+        return [(p, int(i)) for p in range(PASSES) for i in shuffled.permutation(self.samples)]
+
+
+def save_plan(plan: Plan) -> None:
+    np.savez(plan.folder / "plan.npz", keys=plan.keys, boxes=plan.boxes, flips=plan.flips)
+
+
+def load_plan(folder: Path) -> Plan:
+    with np.load(folder / "plan.npz") as saved:
+        return Plan(folder, saved["keys"], saved["boxes"], saved["flips"])
