@@ -19,10 +19,13 @@ from pipeline.errors import UserError
 from pipeline.fetcher import NOTICE, Range, send_answer
 from pipeline.storage import open_store
 
-THREADS = 16  # reads under way at once; they wait, they do not compute
-# The most that one of them reads: S3's advice is 8 to 16 MB a request ("Performance guidelines for Amazon S3");
+# Reads under way at once: they wait, they do not compute. Large ones are few, because this process holds their
+# bytes: LARGE_READS · GET_BYTES, at most twice while a body is put together.
+SMALL_READS, LARGE_READS = 32, 10
+SMALL_BYTES = 1 << 20
+# The most that a large one reads: S3's advice is 8 to 16 MB a request ("Performance guidelines for Amazon S3");
 # of files, as much as malloc gives again and again without asking the system for new memory.
-GET_BYTES, FILE_BYTES = 8 << 20, 1 << 20
+GET_BYTES, FILE_BYTES = 16 << 20, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,8 @@ class Fetching:
         self.full = False  # the kept part takes no more
         self.sending = threading.Lock()
         self.keeping = threading.Lock()
-        self.for_ranges = ThreadPoolExecutor(THREADS)
-        self.for_objects = ThreadPoolExecutor(4)
+        self.small = ThreadPoolExecutor(SMALL_READS)
+        self.large = ThreadPoolExecutor(LARGE_READS)
 
     def begin_ranges(self, request: int, ranges: list[Range], keep: bool) -> None:
         most = FILE_BYTES if self.store.is_local else GET_BYTES
@@ -68,11 +71,13 @@ class Fetching:
         reply = Reply(request, _anonymous_file(sum(r.size for r in ranges)), sum(map(len, cut)))
         place = 0
         for piece in itertools.chain(*cut):
-            self.for_ranges.submit(self._do_piece, piece, place, keep, reply)
-            place += piece.stop - piece.start
+            size = piece.stop - piece.start
+            small = size <= SMALL_BYTES and not self.store.is_local
+            (self.small if small else self.large).submit(self._do_piece, piece, place, keep, reply)
+            place += size
 
     def begin_whole(self, request: int, name: str) -> None:
-        self.for_objects.submit(self._do_whole, request, name)
+        self.small.submit(self._do_whole, request, name)
 
     def _do_piece(self, piece: Piece, place: int, keep: bool, reply: Reply) -> None:
         """Read one piece; whoever does the last one answers."""
