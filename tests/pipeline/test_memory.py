@@ -16,7 +16,7 @@ from watched_worker import Job, Look
 
 from pipeline.cache import CHUNK_BYTES
 from pipeline.decode import make_decoder
-from pipeline.fetching import FILE_BYTES, THREADS
+from pipeline.fetching import FILE_BYTES, GET_BYTES, THREADS
 from pipeline.loader import AHEAD, Loader
 from pipeline.manifest import Dataset, open_dataset
 from pipeline.order import Order
@@ -73,7 +73,8 @@ def assert_bounded_and_flat(job: Job, flat_bytes: int = FLAT_BYTES) -> None:
     print(f"bound {bound / 1e6:.1f} MB, held {held / 1e6:.1f} MB, pixels {pixels / 1e6:.1f} MB")
     assert max(look.held for look in looks) <= held
     assert max(look.worker for look in looks) <= held + pixels + OTHER_BYTES
-    reads = THREADS * (FILE_BYTES + (2 * CHUNK_BYTES if job.cache else 0))
+    piece = FILE_BYTES if dataset.shard_store.is_local else GET_BYTES
+    reads = THREADS * (piece + (2 * CHUNK_BYTES if job.cache else 0))
     assert max(look.fetcher for look in looks) <= reads + FLAT_BYTES
     if job.cache:
         assert job.cache[1] / 2 < max(look.kept for look in looks) <= job.cache[1]
@@ -83,6 +84,12 @@ def assert_bounded_and_flat(job: Job, flat_bytes: int = FLAT_BYTES) -> None:
 def test_memory_is_bounded_and_does_not_grow(padded: Dataset, tmp_path: Path, kept_bytes: int) -> None:
     cache = (str(tmp_path), kept_bytes) if kept_bytes else None
     assert_bounded_and_flat(Job(padded.store.url, 24, 3, 16, 32, EPOCHS, cache))
+
+
+@pytest.mark.soak
+def test_memory_is_bounded_over_s3(padded: Dataset, s3: str) -> None:
+    dataset = build_dataset(str(Path(padded.store.root).with_name("source")), f"{s3}/padded", 4 << 20)
+    assert_bounded_and_flat(Job(dataset.store.url, 24, 3, 16, 32, EPOCHS, None))
 
 
 @pytest.mark.soak
