@@ -14,7 +14,8 @@ from crc32c import crc32c
 
 from pipeline.cache import KeptPart
 from pipeline.decode import Encoded
-from pipeline.fetcher import Fetcher, Range
+from pipeline.errors import UserError
+from pipeline.fetcher import MISSING, Fetcher, Range
 from pipeline.manifest import Dataset, Located, index_name
 from pipeline.order import Ints, Order
 
@@ -213,7 +214,7 @@ class Reader:
                     offset // self.kept.chunk_bytes, (offset + size - 1) // self.kept.chunk_bytes + 1
                 ):
                     self.kept.forget(shard, chunk)
-            encoded[i] = self.dataset.shard_store.read_range(self.dataset.shard_name(shard), offset, size)
+            encoded[i] = _read(self.dataset, located, i)
             if crc32c(encoded[i]) != expected:
                 changed.append(i)
         return changed
@@ -222,16 +223,21 @@ class Reader:
         self.fetcher.close()
 
 
+def _read(dataset: Dataset, located: Located, i: int) -> bytes:
+    """The bytes of one sample, read by this process itself."""
+    name = dataset.shard_name(int(located.shard[i]))
+    try:
+        return dataset.shard_store.read_range(name, int(located.offset[i]), int(located.size[i]))
+    except FileNotFoundError:
+        raise UserError(f"{dataset.shard_store.describe(name)} {MISSING}") from None
+
+
 def read_samples(dataset: Dataset, ids: Ints) -> Samples:
     """Samples here and there (int[n]), each read by itself: for pictures and evaluations of a few."""
     located = dataset.locate(ids)
 
-    def read(i: int) -> bytes:
-        name = dataset.shard_name(int(located.shard[i]))
-        return dataset.shard_store.read_range(name, int(located.offset[i]), int(located.size[i]))
-
     with ThreadPoolExecutor(16) as pool:
-        encoded: list[Encoded] = list(pool.map(read, range(len(ids))))
+        encoded: list[Encoded] = list(pool.map(lambda i: _read(dataset, located, i), range(len(ids))))
     expected = located.crc32c.tolist() if dataset.manifest.checksums else []
     changed = [i for i, crc in enumerate(expected) if crc32c(encoded[i]) != crc]
     return Samples(np.asarray(ids, np.int64), located, encoded, changed, 0.0)
