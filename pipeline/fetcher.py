@@ -31,6 +31,7 @@ from pipeline.cache import KeptPart
 from pipeline.errors import UserError
 
 RESTARTS = 5  # of a fetcher that dies, without an answer in between
+MISSING = "is missing: copy or build the dataset again (`maestream shards verify` names all that is wrong)"
 HEADER = struct.Struct(
     "<qqqq"
 )  # request, length of an error's text, bytes read from storage and from the kept part

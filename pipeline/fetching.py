@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline.cache import KeptPart
 from pipeline.errors import UserError
-from pipeline.fetcher import NOTICE, Range, send_answer
+from pipeline.fetcher import MISSING, NOTICE, Range, send_answer
 from pipeline.storage import open_store
 
 # Reads under way at once: they wait, they do not compute. Large ones are few, because this process holds their
@@ -192,7 +192,7 @@ def _explain(problem: Exception, where: str) -> str:
     if isinstance(problem, UserError):
         return str(problem)
     if isinstance(problem, FileNotFoundError):
-        return f"{where} is missing: copy or build the dataset again (`maestream shards verify` names all that is wrong)"
+        return f"{where} {MISSING}"
     traceback.print_exception(problem)
     return f"{where}: {type(problem).__name__}: {problem}"
 

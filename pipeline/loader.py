@@ -2,6 +2,19 @@
 
 The only state is the step number: `batch(step)` is a pure function of it, and `steps` yields the same, with
 storage read ahead and pixels made ahead of time.
+
+What a worker takes of memory for this, at any size of the dataset (tests/pipeline/test_memory.py):
+
+    bound_bytes                     encoded samples read ahead, two blocks of each lane
+    AHEAD + 2 steps, and a block    encoded samples that were taken and are not decoded, and of each lane the
+                                    rest of a block that they lie in
+    AHEAD + 2 batches               pixels
+    manifest.INDEX_BYTES            indexes, at most, beside those that are just being read, and 50 bytes a shard
+    300 bytes a sample read ahead   where each of them is
+    32 MB                           threads and what a few of them decode; each more takes an image's pixels more
+
+Its fetcher takes fetching.THREADS pieces of at most fetching.GET_BYTES (of files FILE_BYTES) and the two chunks
+they lie in, beside what it imports.
 """
 
 import itertools

@@ -6,7 +6,8 @@
     DEST/index/shard-000000.parquet  a row a sample, in the tar's order
 
 A sample's id is its ordinal in the manifest's order. Indexes are read when a shard is first needed, so
-opening costs the same whatever the number of samples.
+opening costs the same whatever the number of samples. Of the table only what training needs stays in memory,
+about 50 bytes a shard: what its columns of digests say is read when somebody asks.
 """
 
 import functools
@@ -15,6 +16,8 @@ import io
 import json
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +78,9 @@ class Manifest(BaseModel):
 INDEX_ROW = np.dtype(
     [(field.name, field.type.to_pandas_dtype()) for field in INDEX_SCHEMA if field.name != "key"]
 )
-INDEX_BYTES = 256 << 20  # of indexes are kept in memory, those used last
+TRAINING_COLUMNS = ["name", "samples", "bytes"]  # of SHARDS_SCHEMA, in memory from the opening on
+PART_BYTES = 8 << 20  # of the table of shards are asked for at once
+INDEX_BYTES = 128 << 20  # of indexes are kept in memory, those used last: 450 shards of 10 000 samples
 
 
 @dataclass(frozen=True)
@@ -121,10 +126,8 @@ class Dataset:
         self.manifest = manifest
         self.identity = identity  # of the shards as files, where the fingerprint is of what is trained on
         self.shard_names: pa.ChunkedArray = shards["name"]
-        self.shard_samples: Ints = shards["samples"].to_numpy().astype(np.int64)
-        self.shard_bytes: Ints = shards["bytes"].to_numpy().astype(np.int64)
-        self.shard_sha256: pa.ChunkedArray = shards["sha256"]
-        self.shard_content: pa.ChunkedArray = shards["content"]
+        self.shard_samples: Ints = shards["samples"].to_numpy()
+        self.shard_bytes: Ints = shards["bytes"].to_numpy()
         self.shard_starts: Ints = np.concatenate([[0], np.cumsum(self.shard_samples)])  # first id of each
         self.shard_keys = functools.lru_cache(maxsize=16)(self._read_keys)
         self._indexes: OrderedDict[int, npt.NDArray[np.void]] = OrderedDict()  # shard → INDEX_ROW[samples]
@@ -143,37 +146,50 @@ class Dataset:
     def mean_sample_bytes(self) -> float:
         return self.manifest.image_bytes / max(self.samples, 1)
 
+    @property
+    def shard_sha256(self) -> pa.ChunkedArray:
+        return self._digests["sha256"]
+
+    @property
+    def shard_content(self) -> pa.ChunkedArray:
+        return self._digests["content"]
+
+    @functools.cached_property
+    def _digests(self) -> pa.Table:
+        return parse_parquet(
+            self.store.describe(SHARDS), read_shards(self.store), SHARDS_SCHEMA, ["sha256", "content"]
+        )
+
     def shard_name(self, shard: int) -> str:
         return self.shard_names[shard].as_py()
 
-    def locate(self, sample_ids: npt.ArrayLike) -> Located:
-        """Shard and index row of each sample id (int[n]). Reads the indexes that are not in memory."""
+    def locate(
+        self, sample_ids: npt.ArrayLike, read: Callable[[int], bytes | memoryview] | None = None
+    ) -> Located:
+        """Shard and index row of each sample id (int[n]). Reads the indexes that are not in memory, with `read`
+        (of a shard, the bytes of its index) if it is given."""
         shard, row = self._shard_and_row(sample_ids)
         rows = np.empty(len(shard), INDEX_ROW)
         by_shard = np.argsort(shard, kind="stable")
-        for here in np.split(by_shard, np.flatnonzero(np.diff(shard[by_shard])) + 1):
-            if len(here):
-                rows[here] = self.index(int(shard[here[0]]))[row[here]]
+        samples = np.split(by_shard, np.flatnonzero(np.diff(shard[by_shard])) + 1) if len(shard) else []
+        # Those in memory first: what is read drives out what was used longest ago.
+        for here in sorted(samples, key=lambda here: not self.has_index(int(shard[here[0]]))):
+            rows[here] = self.index(int(shard[here[0]]), read)[row[here]]
         return Located(shard, rows)
 
     def shards_of(self, sample_ids: npt.ArrayLike) -> list[int]:
         """The shards that these samples lie in."""
         return np.unique(self._shard_and_row(sample_ids)[0]).tolist()
 
-    def index(self, shard: int) -> npt.NDArray[np.void]:
-        """INDEX_ROW[samples of the shard]."""
+    def index(
+        self, shard: int, read: Callable[[int], bytes | memoryview] | None = None
+    ) -> npt.NDArray[np.void]:
+        """INDEX_ROW[samples of the shard]. `read`: see `locate`."""
         with self._lock:
             if shard in self._indexes:
                 self._indexes.move_to_end(shard)
                 return self._indexes[shard]
-        return self.add_index(shard, self._read(index_name(self.shard_name(shard))))
-
-    def has_index(self, shard: int) -> bool:
-        """Whether the shard's index is in memory."""
-        return shard in self._indexes
-
-    def add_index(self, shard: int, data: bytes | memoryview) -> npt.NDArray[np.void]:
-        """Take a shard's index from the bytes of its file."""
+        data = read(shard) if read else self._read(index_name(self.shard_name(shard)))
         table = self._parse_index(shard, data, list(INDEX_ROW.names or ()))
         rows = np.empty(len(table), INDEX_ROW)
         for name in INDEX_ROW.names or ():
@@ -185,6 +201,10 @@ class Dataset:
                 while self._indexes_bytes > INDEX_BYTES and len(self._indexes) > 1:
                     self._indexes_bytes -= self._indexes.popitem(last=False)[1].nbytes
         return rows
+
+    def has_index(self, shard: int) -> bool:
+        """Whether the shard's index is in memory."""
+        return shard in self._indexes
 
     def keys(self, sample_ids: npt.ArrayLike) -> list[str]:
         """The WebDataset key of each sample id."""
@@ -228,6 +248,23 @@ def read_object(store: Store, name: str) -> bytes:
         raise UserError(f"{store.describe(name)} is missing: copy or build the dataset again") from None
 
 
+def read_shards(store: Store) -> memoryview:
+    """The bytes of the table of shards: 142 MB for a million. Read in parts, because a body that is read whole is
+    twice in memory while it is put together."""
+    try:
+        data = memoryview(bytearray(store.size(SHARDS)))
+    except FileNotFoundError:
+        raise UserError(f"{store.describe(SHARDS)} is missing: copy or build the dataset again") from None
+
+    def read(start: int) -> None:
+        part = store.read_range(SHARDS, start, min(PART_BYTES, len(data) - start))
+        data[start : start + len(part)] = part
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(read, range(0, len(data), PART_BYTES)))
+    return data
+
+
 def parse_parquet(where: str, data: bytes | memoryview, schema: pa.Schema, columns: list[str]) -> pa.Table:
     try:
         # Not pq.read_table: it leaves Arrow's threads behind, and a process that ends soon after aborts now and
@@ -259,7 +296,11 @@ def content_digest(index: pa.Table) -> str:
 def fingerprint(contents: pa.ChunkedArray) -> str:
     """The dataset's identity: a digest over its shards' content digests, in order. Paths, dates and tools are
     not in it."""
-    return hashlib.sha256("\n".join(contents.to_pylist()).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for start in range(0, len(contents), 1 << 16):  # a million of them as Python's strings are 120 MB
+        lines = "\n".join(contents[start : start + (1 << 16)].to_pylist())
+        digest.update((lines if start == 0 else "\n" + lines).encode())
+    return digest.hexdigest()
 
 
 def write_dataset(
@@ -276,7 +317,7 @@ def write_dataset(
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         fingerprint=fingerprint(shards["content"]),
-        samples=sum(shards["samples"].to_pylist()),
+        samples=int(shards["samples"].to_numpy().sum()),
         shards=len(shards),
         image_bytes=image_bytes,
         classes=classes,
@@ -315,14 +356,16 @@ def open_dataset(url: str, known: bool = False) -> Dataset:
         raise UserError(
             f"{store.describe(MANIFEST)} is damaged ({first}): copy or build the dataset again"
         ) from None
-    table = read_object(store, SHARDS)
-    shards = parse_parquet(store.describe(SHARDS), table, SHARDS_SCHEMA, SHARDS_SCHEMA.names)
+    table = read_shards(store)
+    shards = parse_parquet(store.describe(SHARDS), table, SHARDS_SCHEMA, TRAINING_COLUMNS)
     if len(shards) != manifest.shards or int(shards["samples"].to_numpy().sum()) != manifest.samples:
         raise UserError(
             f"{store.describe(SHARDS)} does not belong to {MANIFEST}: copy or build the dataset again"
         )
     shard_store = open_store(manifest.shards_url, known) if manifest.shards_url else store
-    return Dataset(store, shard_store, manifest, shards, hashlib.sha256(text + table).hexdigest())
+    identity = hashlib.sha256(text)
+    identity.update(table)
+    return Dataset(store, shard_store, manifest, shards, identity.hexdigest())
 
 
 BUILDING = "building.json"  # present while a build is under way, see pipeline.shards

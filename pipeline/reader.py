@@ -14,7 +14,8 @@ from crc32c import crc32c
 
 from pipeline.cache import KeptPart
 from pipeline.decode import Encoded
-from pipeline.fetcher import Fetcher, Range
+from pipeline.errors import UserError
+from pipeline.fetcher import MISSING, Fetcher, Range
 from pipeline.manifest import Dataset, Located, index_name
 from pipeline.order import Ints, Order
 
@@ -144,9 +145,15 @@ class Reader:
         if not self._indexes_ready(groups, wait):
             return False
         self.reached = reached
-        for ids in groups:
-            ids = np.sort(ids)
-            block = self._block(step, ids)
+        if not groups:
+            return True
+        groups = [np.sort(ids) for ids in groups]
+        # All of them at once: should there be no memory for so many indexes, each is still taken in only once.
+        together = self.dataset.locate(np.concatenate(groups), self._index)
+        ends = np.cumsum([len(ids) for ids in groups])
+        for ids, end in zip(groups, ends.tolist(), strict=True):
+            here = slice(end - len(ids), end)
+            block = self._block(step, Located(together.shard[here].copy(), together.row[here].copy()))
             self.queue.append(block)
             first = epoch * order.samples
             self.places |= {first + sample: (block, i) for i, sample in enumerate(ids.tolist())}
@@ -155,24 +162,26 @@ class Reader:
     def _indexes_ready(self, groups: list[Ints], wait: bool) -> bool:
         shards = self.dataset.shards_of(np.concatenate(groups)) if groups else []
         for shard in shards:
-            if shard not in self.indexes and not self.dataset.has_index(shard):
-                self.indexes[shard] = self.fetcher.whole(index_name(self.dataset.shard_name(shard)))
-        for shard in shards:
-            if shard in self.indexes:
-                if not (wait or self.indexes[shard].done()):
-                    return False
-                self.dataset.add_index(shard, self.indexes.pop(shard).result())
-        return True
+            if not self.dataset.has_index(shard):
+                self._ask_index(shard)
+        return wait or all(self.indexes[shard].done() for shard in shards if shard in self.indexes)
 
-    def _block(self, step: int, ids: Ints) -> Block:
-        """The block of these samples, ascending, so as they lie in the shards."""
-        located = self.dataset.locate(ids)
+    def _ask_index(self, shard: int) -> None:
+        if shard not in self.indexes:
+            self.indexes[shard] = self.fetcher.whole(index_name(self.dataset.shard_name(shard)))
+
+    def _index(self, shard: int) -> memoryview:
+        self._ask_index(shard)  # as a rule it is under way; a picture made meanwhile may have driven it out
+        return self.indexes.pop(shard).result()
+
+    def _block(self, step: int, located: Located) -> Block:
+        """The block of these samples, in the order in which they lie in the shards."""
         shard, begin, size = located.shard, located.offset, located.size
         gap = begin[1:] - (begin + size)[:-1]
         # What the first step takes lies here and there: twice its own bytes are the most that is read for it.
         most = size[:-1] if step == self.start else GAP_BYTES
         cuts = np.flatnonzero((np.diff(shard) != 0) | (gap > most) | (gap < 0)) + 1
-        firsts, lasts = np.r_[0, cuts], np.r_[cuts, len(ids)] - 1
+        firsts, lasts = np.r_[0, cuts], np.r_[cuts, len(shard)] - 1
         ranges, begins, position = [], [], 0
         for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
             s, start = int(shard[first]), int(begin[first])
@@ -189,7 +198,7 @@ class Reader:
             )
             begins += (begin[first : last + 1] - start + position).tolist()
             position += stop - start
-        return Block(step, located, ranges, begins, len(ids))
+        return Block(step, located, ranges, begins, len(shard))
 
     def _check(self, located: Located, encoded: list[Encoded]) -> list[int]:
         """Compare checksums. What differs is read again, past the kept part; positions of what still differs."""
@@ -205,7 +214,7 @@ class Reader:
                     offset // self.kept.chunk_bytes, (offset + size - 1) // self.kept.chunk_bytes + 1
                 ):
                     self.kept.forget(shard, chunk)
-            encoded[i] = self.dataset.shard_store.read_range(self.dataset.shard_name(shard), offset, size)
+            encoded[i] = _read(self.dataset, located, i)
             if crc32c(encoded[i]) != expected:
                 changed.append(i)
         return changed
@@ -214,16 +223,21 @@ class Reader:
         self.fetcher.close()
 
 
+def _read(dataset: Dataset, located: Located, i: int) -> bytes:
+    """The bytes of one sample, read by this process itself."""
+    name = dataset.shard_name(int(located.shard[i]))
+    try:
+        return dataset.shard_store.read_range(name, int(located.offset[i]), int(located.size[i]))
+    except FileNotFoundError:
+        raise UserError(f"{dataset.shard_store.describe(name)} {MISSING}") from None
+
+
 def read_samples(dataset: Dataset, ids: Ints) -> Samples:
     """Samples here and there (int[n]), each read by itself: for pictures and evaluations of a few."""
     located = dataset.locate(ids)
 
-    def read(i: int) -> bytes:
-        name = dataset.shard_name(int(located.shard[i]))
-        return dataset.shard_store.read_range(name, int(located.offset[i]), int(located.size[i]))
-
     with ThreadPoolExecutor(16) as pool:
-        encoded: list[Encoded] = list(pool.map(read, range(len(ids))))
+        encoded: list[Encoded] = list(pool.map(lambda i: _read(dataset, located, i), range(len(ids))))
     expected = located.crc32c.tolist() if dataset.manifest.checksums else []
     changed = [i for i, crc in enumerate(expected) if crc32c(encoded[i]) != crc]
     return Samples(np.asarray(ids, np.int64), located, encoded, changed, 0.0)

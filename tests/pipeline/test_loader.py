@@ -102,3 +102,7 @@ def test_missing_and_short_shards_stop_with_one_message(scenes: Dataset, tmp_pat
     shard.unlink()
     with pytest.raises(UserError, match=r"shard-000001\.tar is missing"):
         list(make_loader(dataset).steps(0, 5))
+    with pytest.raises(
+        UserError, match=r"shard-000001\.tar is missing"
+    ):  # without the fetcher, as pictures read
+        [make_loader(dataset).batch(step) for step in range(5)]

@@ -1,0 +1,110 @@
+"""A worker that takes every batch of some epochs, and prints what memory it and its fetcher hold on the way.
+
+python watched_worker.py JOB        see `Job`; prints a `Look` a line, all as JSON
+"""
+
+import contextlib
+import gc
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from conftest import processes
+
+from pipeline.decode import make_decoder
+from pipeline.fetcher import Fetcher
+from pipeline.loader import Loader
+from pipeline.manifest import Dataset, index_name, open_dataset
+from pipeline.order import Order
+
+
+@dataclass(frozen=True)
+class Job:
+    dataset: str
+    global_batch: int
+    lanes: int
+    block: int
+    size: int  # pixels
+    epochs: int
+    cache: tuple[str, int] | None  # folder and bytes of the kept part
+
+
+@dataclass(frozen=True)
+class Look:
+    """Bytes at one step."""
+
+    epoch: int
+    worker: int  # anonymous and shared memory, beyond what there was before its loader
+    fetcher: int  # the same, beyond what one takes that has nothing to do
+    held: int  # of answers, in either of them
+    kept: int  # of the files in the kept part's folder
+    step: int  # of this step's encoded samples
+
+
+def memory(pid: int) -> int:
+    """Bytes of a process, anonymous and shared; pages of files on disk are the system's."""
+    lines = dict(line.split(":") for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return sum(int(lines[name].split()[0]) << 10 for name in ("RssAnon", "RssShmem"))
+
+
+def held(fetcher: int) -> int:
+    """Bytes of all answers that the worker maps or the fetcher has open. A process's shared memory has only those
+    of their pages that it has touched itself, so that alone would say too little."""
+    found: dict[int, int] = {}  # inode → bytes
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if "/memfd:maestream" in line:
+            span, _, _, _, inode = line.split()[:5]
+            begin, end = (int(address, 16) for address in span.split("-"))
+            found[int(inode)] = end - begin
+    for file in Path(f"/proc/{fetcher}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # sent meanwhile
+            if "/memfd:maestream" in os.readlink(file):
+                found[file.stat().st_ino] = file.stat().st_size
+    return sum(found.values())
+
+
+def kept(folder: str) -> int:
+    total = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
+                total += os.stat(os.path.join(root, name)).st_size
+    return total
+
+
+def idle_fetcher(dataset: Dataset) -> int:
+    fetcher = Fetcher(dataset.shard_store.url, dataset.store.url)
+    fetcher.whole(index_name(dataset.shard_name(0))).result()
+    found = memory(fetcher.process.pid)
+    fetcher.close()
+    return found
+
+
+def main() -> None:
+    job = Job(**json.loads(sys.argv[1]))
+    dataset = open_dataset(job.dataset)
+    order = Order(dataset.shard_samples, 0, job.global_batch, job.lanes, job.block)
+    cache = (job.cache[0], job.cache[1]) if job.cache else None
+    loader = Loader(dataset, order, make_decoder("pillow", job.size, 2), 0, 1, cache)
+    idle = idle_fetcher(dataset)
+    gc.collect()
+    before, fetcher = memory(os.getpid()), 0
+    for batch in loader.steps(0, job.epochs * order.steps_per_epoch):
+        assert (batch.weights == 1).all()
+        fetcher = fetcher or next(pid for pid in processes("pipeline.fetching", os.getpid()))
+        look = Look(
+            batch.epoch,
+            memory(os.getpid()) - before,
+            memory(fetcher) - idle,
+            held(fetcher),
+            kept(cache[0]) if cache else 0,
+            int(dataset.locate(batch.sample_ids.numpy()).size.sum()),
+        )
+        print(json.dumps(asdict(look)), flush=True)
+    loader.close()
+
+
+if __name__ == "__main__":
+    main()
