@@ -1,7 +1,8 @@
 /* Decode one crop of a JPEG and resize it, without the GIL and without the pixels around the crop.
 
-   libjpeg-turbo runs the entropy decoder over the rows above the crop and nothing else, leaves out the
-   columns beside it, and stops after its last row. Each row is resized as it comes, while it is in the cache. */
+   Of the rows above the crop only the bits are read, the columns beside it are left out, and it stops after
+   the crop's last row (libjpeg-turbo's jpeg_skip_scanlines and jpeg_crop_scanline). Bits are read by
+   huffman.h; each row is resized by resize.h as it comes, while it is in the cache. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -15,6 +16,7 @@
 #include <jpeglib.h>
 #include <jerror.h>
 
+#include "huffman.h"
 #include "resize.h"
 
 enum { MARGIN = 8 };
@@ -38,8 +40,11 @@ struct job {
     jmp_buf escape;
     char reason[JMSG_LENGTH_MAX];
     struct window columns, lines;
+    struct scan *scan;
     u8 *row, *rows;
 };
+
+static struct scan *scan_of(j_decompress_ptr jpeg) { return ((struct job *)jpeg->client_data)->scan; }
 
 static void fail(j_common_ptr jpeg) {
     struct job *job = jpeg->client_data;
@@ -76,6 +81,7 @@ static enum outcome decode_into(struct job *job) {
     }
     jpeg->out_color_space = JCS_EXT_RGBX;
     jpeg_start_decompress(jpeg);
+    job->scan = take_over(jpeg);
     /* Some more columns on both sides: the chroma of a pixel is interpolated from its neighbours', and
        libjpeg gets that wrong for less than three columns of chroma. */
     JDIMENSION left = job->x > MARGIN ? job->x - MARGIN : 0, end = job->x + job->width + MARGIN;
@@ -106,6 +112,7 @@ static enum outcome decode(struct job *job) {
     }
     free_window(&job->columns);
     free_window(&job->lines);
+    free(job->scan);
     free(job->row);
     free(job->rows);
     return outcome;
@@ -156,7 +163,10 @@ static PyObject *crop(PyObject *module, PyObject *args) {
 static PyMethodDef methods[] = {{"crop", crop, METH_VARARGS, crop_doc}, {NULL, NULL, 0, NULL}};
 
 static struct PyModuleDef module = {
-    PyModuleDef_HEAD_INIT, "jpeg_crop", "Crops of JPEGs (see jpeg_crop.c).", -1, methods, NULL, NULL, NULL, NULL,
+    PyModuleDef_HEAD_INIT,
+    .m_name = "jpeg_crop",
+    .m_size = -1,
+    .m_methods = methods,
 };
 
 PyMODINIT_FUNC PyInit_jpeg_crop(void) {

@@ -1,6 +1,6 @@
 /* Pillow's bicubic resize with antialiasing: the same taps, with weights of 14 bits instead of 22.
 
-   First across, row by row while a row is in the cache, then down. Both take four RGBX pixels at a time. */
+   First across, row by row, then down, as Pillow does. Both take four RGBX pixels at a time. */
 
 #include <math.h>
 #include <stddef.h>
@@ -91,7 +91,8 @@ static void down_plain(const struct window *window, int i, const u8 *rows, size_
     for (int k = 0; k < size; k++)
         for (int c = 0; c < 3; c++) {
             int sum = HALF;
-            for (int t = 0; t < 2 * window->pairs; t++) sum += weights[t / 2][t % 2] * rows[t * stride + 4 * k + c];
+            for (int t = 0; t < 2 * window->pairs; t++)
+                sum += weights[t / 2][t % 2] * rows[t * stride + 4 * k + c];
             out[(size_t)c * size * size + k] = clipped(sum);
         }
 }
@@ -111,7 +112,8 @@ AVX2 static inline __m256i across_one(const struct window *window, const u8 *row
 }
 
 AVX2 static inline __m256i halves_added(__m256i a, __m256i b) { /* a's in the lower half, b's in the upper */
-    __m256i sum = _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
+    __m256i lower = _mm256_permute2x128_si256(a, b, 0x20), upper = _mm256_permute2x128_si256(a, b, 0x31);
+    __m256i sum = _mm256_add_epi32(lower, upper);
     return _mm256_srai_epi32(_mm256_add_epi32(sum, _mm256_set1_epi32(HALF)), BITS);
 }
 
@@ -125,7 +127,8 @@ AVX2 static void across_avx2(const struct window *window, const u8 *row, u8 *out
     }
 }
 
-AVX2 static void down_avx2(const struct window *window, int i, const u8 *rows, size_t stride, int size, u8 *out) {
+AVX2 static void down_avx2(const struct window *window, int i, const u8 *rows, size_t stride, int size,
+                           u8 *out) {
     const __m128i in_planes = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     short(*weights)[8] = window->weights + (size_t)i * 2 * window->fours;
     rows += window->first[i] * stride;

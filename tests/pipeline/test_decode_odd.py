@@ -182,6 +182,8 @@ def test_a_box_outside_the_image_is_a_bad_sample(name: str, kind: str, box: Box)
             {"subsampling": 2},
             {"progressive": True},
             {"restart_marker_blocks": 2},
+            {"optimize": True},
+            {"quality": 100, "subsampling": 0},  # codes of up to 16 bits
         ]
     ),
     size=st.integers(1, 40),
@@ -192,7 +194,7 @@ def test_any_crop_of_any_jpeg_is_pillows(
     width: int, height: int, mode: str, options: dict, size: int, flip: bool, data: st.DataObject
 ) -> None:
     """Crops that touch edges, of one pixel, smaller and larger than the result; images of any size."""
-    image = saved(picture(width, height).convert(mode), "JPEG", quality=90, **options)
+    image = saved(picture(width, height).convert(mode), "JPEG", **{"quality": 90, **options})
     h, w = data.draw(st.integers(1, height)), data.draw(st.integers(1, width))
     box = (data.draw(st.integers(0, height - h)), data.draw(st.integers(0, width - w)), h, w)
     expected = np.zeros((3, size, size), np.uint8)
