@@ -255,8 +255,13 @@ def test_the_bytes_may_be_views_and_empty() -> None:
     assert one(decoder("cpu"), b"", box) is None
 
 
-def test_the_extension_is_built_here() -> None:
-    """It is optional where there is no compiler; where tests run there is one."""
-    assert cpu_module.jpeg_crop is not None
+def test_the_extension_checks_what_it_is_handed() -> None:
+    if cpu_module.jpeg_crop is None:
+        pytest.skip("jpeg_crop is not built here")
+    jpeg, crop = zoo()["baseline 4:2:0"], cpu_module.jpeg_crop.crop
     with pytest.raises(ValueError, match="out"):
-        cpu_module.jpeg_crop.crop(zoo()["PNG RGB"], 0, 0, 1, 1, False, np.zeros(7, np.uint8))
+        crop(jpeg, 0, 0, 1, 1, False, np.zeros(7, np.uint8).data)
+    for box in ((-1, 0, 1, 1), (0, -1, 1, 1), (0, 0, 0, 1), (0, 0, 1, 0)):
+        with pytest.raises(ValueError, match="box"):
+            crop(jpeg, *box, False, np.zeros(3, np.uint8).data)
+    assert not crop(zoo()["PNG RGB"], 0, 0, 1, 1, False, np.zeros(3, np.uint8).data)
