@@ -17,7 +17,7 @@ def draw_contact_sheet(dataset: Dataset) -> bytes:
     ids = np.unique(
         np.linspace(0, dataset.samples - 1, min(COLUMNS * ROWS, dataset.samples)).astype(np.int64)
     )
-    decoder = make_decoder("pillow", TILE, threads=8)
+    decoder = make_decoder("cpu", TILE, threads=8)
     batch = centred_batch(dataset, decoder, ids)
     decoder.close()
     names = dataset.manifest.classes

@@ -1,6 +1,26 @@
 """Decode, crop, resize and flip a batch: one small interface, several executors.
 
-Executors are handed crop boxes, so all of them produce the same crops.
+Executors are handed crop boxes, so all of them produce the same crops: on JPEGs within 0.3/255 on average
+of Pillow decoding, cropping and resizing the whole image (the rest is rounding; DALI resizes in floats).
+
+What they make of images that are not plain RGB, all the same:
+
+- JPEG and PNG alone are decoded; any other format is a bad sample. Of JPEG: baseline and progressive,
+  Huffman and arithmetic, any subsampling, grey, RGB, CMYK and YCCK (Adobe's inverted ones too). 12 bits
+  are a bad sample.
+- EXIF orientation and colour profiles are ignored, as by ImageFolder.
+- Grey, palette and 1-bit images become RGB. Transparency is dropped, not blended.
+- 16 bits are scaled to 8: by their high byte, or by rounding in DALI.
+
+Where they differ:
+
+- Within 1/255 on average: CMYK, 1-bit and 16-bit images.
+- Lossless JPEG (a medical format): DALI decodes it, the others call it bad, and so does `shards build`.
+- Damage behind the last row of the crop is seen by nobody who stops there: not by DALI, nor by `cpu` in a
+  JPEG. Pillow, where `jpeg_crop` is not built, reads to the end. (`shards build` and `verify` do, and each
+  read is checked against the index's crc32c, so this is about bytes that were bad when indexed.)
+- Wrong bits inside: libjpeg goes on after most of them, in every executor, but DALI's parser refuses some
+  damaged headers that libjpeg forgives (about 5 of 1000 JPEGs with random damage).
 """
 
 import os
@@ -15,7 +35,7 @@ import torch
 from pipeline.errors import UserError
 
 Encoded = bytes | memoryview
-DecoderName = Literal["auto", "pillow", "dali"]
+DecoderName = Literal["auto", "cpu", "dali"]
 
 
 @dataclass(frozen=True)
@@ -48,17 +68,22 @@ def available_cores() -> int:
 def make_decoder(name: DecoderName, size: int, threads: int) -> Decoder:
     """An executor for crops of `size` × `size` pixels with `threads` threads.
 
-    `auto` is pillow: with pillow-simd it is about twice as fast as DALI on a CPU (224-pixel crops of ImageNet
-    photographs, one core).
+    `auto` is cpu: on a CPU it is about three times as fast as DALI (224-pixel crops of ImageNet photographs).
     """
     if name == "dali":
         try:
             from pipeline.decode.dali import DaliDecoder
         except ImportError:
             raise UserError(
-                "data.decoder=dali, but DALI is not installed: it exists for linux x86_64 alone; use pillow"
+                "data.decoder=dali, but DALI is not installed: it exists for linux x86_64 alone; use cpu"
             ) from None
         return DaliDecoder(size, threads)
-    from pipeline.decode.pillow import PillowDecoder
+    from pipeline.decode.cpu import CpuDecoder
 
-    return PillowDecoder(size, threads)
+    return CpuDecoder(size, threads)
+
+
+def refused(encoded: Encoded) -> str | None:
+    """Why no executor decodes an image whatever it could do, by its first bytes; None for JPEG and PNG."""
+    head = bytes(encoded[:8])
+    return None if head[:3] == b"\xff\xd8\xff" or head == b"\x89PNG\r\n\x1a\n" else "it is no JPEG or PNG"

@@ -12,7 +12,7 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline
 
-from pipeline.decode import Decoded, Encoded
+from pipeline.decode import Decoded, Encoded, refused
 
 
 @pipeline_def
@@ -45,24 +45,26 @@ class DaliDecoder:
     def __call__(
         self, encoded: Sequence[Encoded], boxes: npt.NDArray[np.int64], flips: npt.NDArray[np.bool_]
     ) -> Decoded:
-        everything = np.arange(len(encoded))
+        bad = {i: reason for i, data in enumerate(encoded) if (reason := refused(data))}
+        good = np.setdiff1d(np.arange(len(encoded)), list(bad))
         try:
-            return Decoded(self._run(encoded, boxes, flips, everything), {})
+            done = self._run(encoded, boxes, flips, good)
         except RuntimeError:
             # Seldom: find the bad ones one by one, then do the good ones.
-            bad = {}
-            for i in everything:
+            for i in good:
                 try:
-                    self._run(encoded, boxes, flips, everything[i : i + 1])
+                    self._run(encoded, boxes, flips, np.array([i]))
                 except RuntimeError as error:
                     bad[int(i)] = (
                         "DALI: " + str(error).partition("encountered:")[2].strip().partition("\n")[0]
                     )
-            good = np.setdiff1d(everything, list(bad))
-            images = torch.zeros((len(encoded), 3, self.size, self.size), dtype=torch.uint8)
-            if len(good):
-                images[torch.from_numpy(good)] = self._run(encoded, boxes, flips, good)
-            return Decoded(images, bad)
+            good = np.setdiff1d(good, list(bad))
+            done = self._run(encoded, boxes, flips, good)
+        if not bad:
+            return Decoded(done, bad)
+        images = torch.zeros((len(encoded), 3, self.size, self.size), dtype=torch.uint8)
+        images[torch.from_numpy(good)] = done
+        return Decoded(images, bad)
 
     def _run(
         self,
@@ -72,6 +74,8 @@ class DaliDecoder:
         chosen: npt.NDArray[np.int64],
     ) -> torch.Tensor:
         """uint8[len(chosen), 3, size, size]. RuntimeError, and no pipeline any more, if one is bad."""
+        if not len(chosen):
+            return torch.zeros((0, 3, self.size, self.size), dtype=torch.uint8)
         graph = self._ready(len(chosen))
         try:
             graph.feed_input("encoded", [np.frombuffer(encoded[i], np.uint8) for i in chosen])

@@ -15,7 +15,7 @@ SIZE = 96
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.fixture(params=["pillow", "dali"])
+@pytest.fixture(params=["cpu", "dali"])
 def decoder(request: pytest.FixtureRequest) -> Decoder:
     if request.param == "dali":
         pytest.importorskip("nvidia.dali")

@@ -39,7 +39,7 @@ def test_overrides_reach_any_depth() -> None:
         ("model.mask_ratio=1", "model.mask_ratio: Input should be less than 1"),
         ("model.image_size=225", "image_size 225 is not divisible by patch_size 16"),
         ("model.heads=7", "width 768 is not divisible by heads 7"),
-        ("data.decoder=opencv", "data.decoder: Input should be 'auto', 'pillow' or 'dali'"),
+        ("data.decoder=opencv", "data.decoder: Input should be 'auto', 'cpu' or 'dali'"),
         ("model=big", "model: Input should be a valid dictionary"),
         ("seed.x=1", "seed: Input should be a valid integer"),
         ("workers=true", "workers: a yes or no does not belong here"),

@@ -28,7 +28,7 @@ SMALL: dict[str, Any] = {
         "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2,
     },
     "optim": {"blr": 0.05, "warmup_epochs": 1},
-    "data": {"decoder": "pillow", "lanes": 4, "block": 8, "threads": 1},
+    "data": {"decoder": "cpu", "lanes": 4, "block": 8, "threads": 1},
 }  # fmt: skip
 
 

@@ -24,7 +24,7 @@ def model(request: pytest.FixtureRequest) -> MAE:
 
 
 def test_visible_patches_are_the_original_and_the_error_is_the_loss(model: MAE, scenes: Dataset) -> None:
-    batch = evenly_spread(scenes, make_decoder("pillow", 32, 2), 9)
+    batch = evenly_spread(scenes, make_decoder("cpu", 32, 2), 9)
     result = reconstruct(model, batch.images, batch.sample_ids, seed=3)
     noise = mask_noise(3, MASK_EPOCH, batch.sample_ids, model.patches)
     assert result.error == pytest.approx(model(batch.images, noise).mean().item(), rel=1e-5)
@@ -39,7 +39,7 @@ def test_visible_patches_are_the_original_and_the_error_is_the_loss(model: MAE, 
 def test_a_perfect_model_has_no_error_and_gives_the_image_back(
     model: MAE, scenes: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batch = evenly_spread(scenes, make_decoder("pillow", 32, 2), 5)
+    batch = evenly_spread(scenes, make_decoder("cpu", 32, 2), 5)
     predict = model.predict
 
     def perfect(images: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,7 +53,7 @@ def test_a_perfect_model_has_no_error_and_gives_the_image_back(
 
 
 def test_the_grid_has_three_pictures_an_image(model: MAE, scenes: Dataset) -> None:
-    batch = evenly_spread(scenes, make_decoder("pillow", 32, 2), 5)
+    batch = evenly_spread(scenes, make_decoder("cpu", 32, 2), 5)
     with Image.open(io.BytesIO(draw_grid(reconstruct(model, batch.images, batch.sample_ids, 0)))) as grid:
         assert grid.width > 6 * 160
         assert grid.height > 3 * 160

@@ -1,0 +1,175 @@
+/* Decode one crop of a JPEG and resize it, without the GIL and without the pixels around the crop.
+
+   Of the rows above the crop only the bits are read, the columns beside it are left out, and it stops after
+   the crop's last row (libjpeg-turbo's jpeg_skip_scanlines and jpeg_crop_scanline). Bits are read by
+   huffman.h; each row is resized by resize.h as it comes, while it is in the cache. */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <math.h>
+#include <setjmp.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <jpeglib.h>
+#include <jerror.h>
+
+#include "huffman.h"
+#include "resize.h"
+
+enum { MARGIN = 8 };
+
+/* OTHER: not a JPEG of one or three components. */
+enum outcome { DONE, OTHER, DAMAGED, NO_MEMORY };
+
+/* A damaged header may claim any size, and a progressive JPEG needs memory for all of it. Pillow's limit. */
+static const double MOST_PIXELS = 2.0 * 89478485;
+
+/* ---- decode ---------------------------------------------------------------------------------------- */
+
+struct job {
+    const u8 *encoded;
+    size_t bytes;
+    unsigned y, x, height, width;
+    int size, flip;
+    u8 *out; /* [3][size][size] */
+    struct jpeg_decompress_struct jpeg;
+    struct jpeg_error_mgr errors;
+    jmp_buf escape;
+    char reason[JMSG_LENGTH_MAX];
+    struct window columns, lines;
+    struct scan *scan;
+    u8 *row, *rows;
+};
+
+static struct scan *scan_of(j_decompress_ptr jpeg) { return ((struct job *)jpeg->client_data)->scan; }
+
+static void fail(j_common_ptr jpeg) {
+    struct job *job = jpeg->client_data;
+    jpeg->err->format_message(jpeg, job->reason);
+    longjmp(job->escape, 1);
+}
+
+/* Of libjpeg's warnings only the end of the data makes a sample bad: so does Pillow, and ImageNet has files
+   with stray bytes that everyone trains on. */
+static void on_message(j_common_ptr jpeg, int level) {
+    if (level < 0 && jpeg->err->msg_code == JWRN_JPEG_EOF) fail(jpeg);
+}
+
+static enum outcome decode_into(struct job *job) {
+    struct jpeg_decompress_struct *jpeg = &job->jpeg;
+    jpeg->err = jpeg_std_error(&job->errors);
+    jpeg->client_data = job;
+    job->errors.error_exit = fail;
+    job->errors.emit_message = on_message;
+    if (setjmp(job->escape)) return DAMAGED;
+    jpeg_create_decompress(jpeg);
+    jpeg_mem_src(jpeg, job->encoded, job->bytes);
+    jpeg_read_header(jpeg, TRUE);
+    if (jpeg->num_components != 1 && jpeg->num_components != 3) return OTHER;
+    if (job->x + job->width > jpeg->image_width || job->y + job->height > jpeg->image_height) {
+        snprintf(job->reason, sizeof job->reason, "it is %u × %u, smaller than its crop", jpeg->image_width,
+                 jpeg->image_height);
+        return DAMAGED;
+    }
+    if ((double)jpeg->image_width * jpeg->image_height > MOST_PIXELS) {
+        snprintf(job->reason, sizeof job->reason, "it claims to be %u × %u", jpeg->image_width,
+                 jpeg->image_height);
+        return DAMAGED;
+    }
+    jpeg->out_color_space = JCS_EXT_RGBX;
+    jpeg_start_decompress(jpeg);
+    job->scan = take_over(jpeg);
+    /* Some more columns on both sides: the chroma of a pixel is interpolated from its neighbours', and
+       libjpeg gets that wrong for less than three columns of chroma. */
+    JDIMENSION left = job->x > MARGIN ? job->x - MARGIN : 0, end = job->x + job->width + MARGIN;
+    JDIMENSION span = (end < jpeg->image_width ? end : jpeg->image_width) - left;
+    jpeg_crop_scanline(jpeg, &left, &span);
+
+    size_t stride = 4 * (size_t)job->columns.outputs;
+    /* The last window may reach past the row, by weights of 0. */
+    job->row = calloc(span + 4 * job->columns.fours, 4);
+    job->rows = malloc((job->height + 2 * job->lines.pairs) * stride);
+    if (!job->row || !job->rows) return NO_MEMORY;
+    if (job->y) jpeg_skip_scanlines(jpeg, job->y);
+    for (unsigned i = 0; i < job->height; i++) {
+        jpeg_read_scanlines(jpeg, &job->row, 1);
+        across(&job->columns, job->row + 4 * (job->x - left), job->rows + i * stride);
+    }
+    for (int i = 0; i < job->size; i++)
+        down(&job->lines, i, job->rows, stride, job->size, job->out + (size_t)i * job->size);
+    return DONE;
+}
+
+static enum outcome decode(struct job *job) {
+    enum outcome outcome = NO_MEMORY;
+    if (make_window(&job->columns, job->width, job->size, job->flip) &&
+        make_window(&job->lines, job->height, job->size, 0)) {
+        outcome = decode_into(job);
+        jpeg_destroy_decompress(&job->jpeg);
+    }
+    free_window(&job->columns);
+    free_window(&job->lines);
+    free(job->scan);
+    free(job->row);
+    free(job->rows);
+    return outcome;
+}
+
+/* ---- Python ---------------------------------------------------------------------------------------- */
+
+PyDoc_STRVAR(crop_doc,
+             "crop(encoded, y, x, height, width, flip, out) -> bool\n\n"
+             "Decode that box of a JPEG into `out`, uint8[3, size, size], RGB, contiguous.\n"
+             "False, and `out` untouched, if it is no JPEG of one or three components.\n"
+             "ValueError if it is damaged, or smaller than its box.");
+
+static PyObject *crop(PyObject *module, PyObject *args) {
+    Py_buffer encoded, out;
+    int y, x, height, width;
+    struct job job;
+    memset(&job, 0, sizeof job);
+    if (!PyArg_ParseTuple(args, "y*iiiipw*", &encoded, &y, &x, &height, &width, &job.flip, &out)) return NULL;
+    PyObject *result = NULL;
+    job.size = (int)sqrt(out.len / 3.0);
+    if (y < 0 || x < 0 || height < 1 || width < 1 || job.size < 1 ||
+        (Py_ssize_t)job.size * job.size * 3 != out.len) {
+        PyErr_SetString(PyExc_ValueError, "the box is empty or negative, or `out` is not [3, size, size]");
+    } else {
+        job.encoded = encoded.buf;
+        job.bytes = encoded.len;
+        job.y = y, job.x = x, job.height = height, job.width = width;
+        job.out = out.buf;
+        enum outcome outcome = OTHER;
+        if (job.bytes > 2 && memcmp(job.encoded, "\xff\xd8\xff", 3) == 0) {
+            Py_BEGIN_ALLOW_THREADS;
+            outcome = decode(&job);
+            Py_END_ALLOW_THREADS;
+        }
+        if (outcome == NO_MEMORY)
+            PyErr_NoMemory();
+        else if (outcome == DAMAGED)
+            PyErr_SetString(PyExc_ValueError, job.reason);
+        else
+            result = PyBool_FromLong(outcome == DONE);
+    }
+    PyBuffer_Release(&encoded);
+    PyBuffer_Release(&out);
+    return result;
+}
+
+static PyMethodDef methods[] = {{"crop", crop, METH_VARARGS, crop_doc}, {NULL, NULL, 0, NULL}};
+
+static struct PyModuleDef module = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "jpeg_crop",
+    .m_size = -1,
+    .m_methods = methods,
+};
+
+PyMODINIT_FUNC PyInit_jpeg_crop(void) {
+    choose_instructions();
+    return PyModule_Create(&module);
+}
