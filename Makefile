@@ -25,7 +25,7 @@ setup: .venv/.ready
 	@$(MAKE) --no-print-directory .venv/.pillow
 	@$(BIN)/pip install -qq --no-deps --no-build-isolation -e .
 	@$(BIN)/python -c 'import pipeline.decode.jpeg_crop' 2>/dev/null || \
-	    echo "pipeline/decode/jpeg_crop.c does not build here (C compiler or libjpeg-turbo headers missing?): Pillow decodes JPEGs, at little more than half the speed"
+	    echo "pipeline/decode/jpeg_crop.c does not build here (C compiler or libjpeg-turbo headers missing?): Pillow decodes JPEGs, at two thirds of the speed"
 	@touch $@
 
 .PHONY: .venv/.pillow

@@ -1,8 +1,8 @@
 /* Decode one crop of a JPEG and resize it, without the GIL and without the pixels around the crop.
 
    Of the rows above the crop only the bits are read, the columns beside it are left out, and it stops after
-   the crop's last row (libjpeg-turbo's jpeg_skip_scanlines and jpeg_crop_scanline). Bits are read by
-   huffman.h; each row is resized by resize.h as it comes, while it is in the cache. */
+   the crop's last row (libjpeg-turbo's jpeg_skip_scanlines and jpeg_crop_scanline). Each row is resized by
+   resize.h as it comes, while it is in the cache. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -16,7 +16,6 @@
 #include <jpeglib.h>
 #include <jerror.h>
 
-#include "huffman.h"
 #include "resize.h"
 
 enum { MARGIN = 8 };
@@ -40,11 +39,8 @@ struct job {
     jmp_buf escape;
     char reason[JMSG_LENGTH_MAX];
     struct window columns, lines;
-    struct scan *scan;
     u8 *row, *rows;
 };
-
-static struct scan *scan_of(j_decompress_ptr jpeg) { return ((struct job *)jpeg->client_data)->scan; }
 
 static void fail(j_common_ptr jpeg) {
     struct job *job = jpeg->client_data;
@@ -81,7 +77,6 @@ static enum outcome decode_into(struct job *job) {
     }
     jpeg->out_color_space = JCS_EXT_RGBX;
     jpeg_start_decompress(jpeg);
-    job->scan = take_over(jpeg);
     /* Some more columns on both sides: the chroma of a pixel is interpolated from its neighbours', and
        libjpeg gets that wrong for less than three columns of chroma. */
     JDIMENSION left = job->x > MARGIN ? job->x - MARGIN : 0, end = job->x + job->width + MARGIN;
@@ -112,7 +107,6 @@ static enum outcome decode(struct job *job) {
     }
     free_window(&job->columns);
     free_window(&job->lines);
-    free(job->scan);
     free(job->row);
     free(job->rows);
     return outcome;
