@@ -178,6 +178,7 @@ class Dataset:
         rows = np.empty(len(table), INDEX_ROW)
         for name in INDEX_ROW.names or ():
             rows[name] = table[name].to_numpy()
+        self._check_rows(shard, rows)
         with self._lock:
             if shard not in self._indexes:
                 self._indexes[shard] = rows
@@ -185,6 +186,16 @@ class Dataset:
                 while self._indexes_bytes > INDEX_BYTES and len(self._indexes) > 1:
                     self._indexes_bytes -= self._indexes.popitem(last=False)[1].nbytes
         return rows
+
+    def _check_rows(self, shard: int, rows: npt.NDArray[np.void]) -> None:
+        """So that nobody reads, or makes room for, what cannot be there."""
+        offset, size = rows["offset"], rows["size"]
+        inside = (offset >= 0) & (size > 0) & (offset <= self.shard_bytes[shard] - size)
+        if not (inside & (rows["width"] > 0) & (rows["height"] > 0)).all():
+            raise UserError(
+                f"{self.store.describe(index_name(self.shard_name(shard)))} is damaged (it has images that lie "
+                "outside of their shard, or have no size): copy or build the dataset again"
+            )
 
     def keys(self, sample_ids: npt.ArrayLike) -> list[str]:
         """The WebDataset key of each sample id."""
@@ -309,20 +320,33 @@ def open_dataset(url: str, known: bool = False) -> Dataset:
                 f"{store.describe(MANIFEST)} has format version {version}, this maestream reads up to "
                 f"{FORMAT_VERSION}: use a newer maestream"
             )
+        if version < 1:
+            raise ValueError(f"format version {version}")
         manifest = Manifest.model_validate_json(text)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         first = str(error).splitlines()[0]
         raise UserError(
             f"{store.describe(MANIFEST)} is damaged ({first}): copy or build the dataset again"
         ) from None
     table = read_object(store, SHARDS)
     shards = parse_parquet(store.describe(SHARDS), table, SHARDS_SCHEMA, SHARDS_SCHEMA.names)
-    if len(shards) != manifest.shards or int(shards["samples"].to_numpy().sum()) != manifest.samples:
+    if not _belong_together(manifest, shards):
         raise UserError(
             f"{store.describe(SHARDS)} does not belong to {MANIFEST}: copy or build the dataset again"
         )
     shard_store = open_store(manifest.shards_url, known) if manifest.shards_url else store
     return Dataset(store, shard_store, manifest, shards, hashlib.sha256(text + table).hexdigest())
+
+
+def _belong_together(manifest: Manifest, shards: pa.Table) -> bool:
+    samples, sizes = shards["samples"].to_numpy(), shards["bytes"].to_numpy()
+    return (
+        len(shards) == manifest.shards
+        and bool((samples >= 0).all() and (sizes >= 0).all())
+        and int(samples.sum()) == manifest.samples
+        and 0 <= manifest.image_bytes <= int(sizes.sum())
+        and fingerprint(shards["content"]) == manifest.fingerprint
+    )
 
 
 BUILDING = "building.json"  # present while a build is under way, see pipeline.shards

@@ -11,6 +11,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ DEADLINE_S = 120  # how long one operation is retried in all
 STALL_S = 10  # silence in the middle of an answer that is a fault
 FIRST_DEADLINE_S = 5  # the same until a store has answered once: a wrong name is likelier than a fault then
 TEMPORARY = ".maestream-"  # names of files that are being written begin so; a kill may leave them
+PART_BYTES, PARTS = 8 << 20, 8  # of a whole object: their size, and how many are read at once
 T = TypeVar("T")
 _ANSWERED: set[str] = set()  # buckets that have answered this process
 UMASK = os.umask(0)  # the only way to read it is to set it, and it is the whole process's
@@ -48,7 +50,7 @@ def _s3_options() -> dict[str, Any]:
 
 
 class ShortReadError(OSError):
-    """Storage returned fewer bytes than were asked for."""
+    """Storage returned fewer bytes than were asked for, or more."""
 
 
 FAULTS = (
@@ -91,10 +93,19 @@ class Store:
         return "/".join(self.url.split("/")[:3])  # scheme://bucket
 
     def read(self, name: str) -> bytes:
-        """The whole of a small object. FileNotFoundError where there is none."""
-        left = self._clock()
+        """The whole of an object. FileNotFoundError where there is none."""
         with _explained(self.describe(name)):
-            return self._retry(lambda: self._read_once(name, 0, None, left()))
+            if self.is_local:
+                return self._retry(lambda: self.fs.cat_file(self.path(name)))
+            # The first part without asking for the size: most objects are no larger.
+            left = self._clock()
+            first = self._retry(lambda: self._read_once(name, 0, PART_BYTES, left()))
+            if len(first) == PART_BYTES:
+                starts = range(PART_BYTES, size := self.size(name), PART_BYTES)
+                with ThreadPoolExecutor(PARTS) as pool:
+                    rest = pool.map(lambda a: self.read_range(name, a, min(PART_BYTES, size - a)), starts)
+                    return b"".join([first, *rest])
+            return first  # longer only where a server ignores ranges: then it is all
 
     def read_range(self, name: str, start: int, size: int) -> bytes:
         """Exactly `size` bytes from byte `start`. FileNotFoundError, or UserError past the end."""
@@ -122,16 +133,15 @@ class Store:
         end = time.monotonic() + max(self._deadline_s(), STALL_S)
         return lambda: max(min(DEADLINE_S / 2, end - time.monotonic()), 0.1)
 
-    def _read_once(self, name: str, start: int, size: int | None, timeout: float) -> bytes:
-        """`size` bytes from byte `start`, or all that follow, or fewer where the object ends before."""
-        if self.is_local and size is not None:
+    def _read_once(self, name: str, start: int, size: int, timeout: float) -> bytes:
+        """`size` bytes from byte `start`, fewer where the object ends before. More, or others, where a server
+        ignores ranges."""
+        if self.is_local:
             with open(self.path(name), "rb", buffering=0) as file:
                 return os.pread(file.fileno(), size, start)
         limit = {"timeout": timeout} if self.fs.async_impl else {}
         try:
-            # With a `start` even for a whole object: without, s3fs asks for the size before.
-            end = None if size is None else start + size
-            return self.fs.cat_file(self.path(name), start=start, end=end, **limit)
+            return self.fs.cat_file(self.path(name), start=start, end=start + size, **limit)
         except OSError as error:
             answer = error.__cause__
             if not isinstance(answer, botocore.exceptions.ClientError):
