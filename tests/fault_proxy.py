@@ -119,6 +119,7 @@ class FaultProxy:
         writer.write(response[: self.rng.randrange(len(response))])
         await writer.drain()
         if harm == "reset":
+            await asyncio.sleep(0.05)  # RST also discards what the client has not read yet
             _reset(writer)
         if harm == "stall":
             await reader.read()  # until the client has gone

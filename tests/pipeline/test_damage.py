@@ -28,6 +28,7 @@ from PIL import Image
 from pipeline.augment import centre_crops
 from pipeline.decode import DecoderName, make_decoder
 from pipeline.errors import UserError
+from pipeline.image_size import image_size
 from pipeline.loader import Loader
 from pipeline.manifest import INDEX_SCHEMA, MANIFEST, Dataset, index_name, open_dataset, to_parquet
 from pipeline.order import Order
@@ -288,6 +289,14 @@ def test_absurd_numbers_in_an_index_are_refused(
     replace(path, to_parquet(pa.Table.from_pylist(rows, INDEX_SCHEMA)))
     with pytest.raises(UserError, match=f"{path.name} is damaged"):
         read_epoch(root, "pillow")
+
+
+def test_an_image_without_area_is_not_indexed() -> None:
+    for width, height in ((0, 5), (5, 0)):
+        numbers = width.to_bytes(2, "little") + height.to_bytes(2, "little")
+        webp = b"RIFF\0\0\0\0WEBPVP8 " + bytes(7) + b"\x9d\x01\x2a" + numbers
+        with pytest.raises(ValueError, match=f"it is {width} × {height} pixels"):
+            image_size(lambda n, webp=webp: webp[:n], len(webp))  # type: ignore[misc]
 
 
 def test_a_size_that_is_not_the_images_is_a_bad_sample(small: Dataset, tmp_path: Path) -> None:

@@ -41,10 +41,10 @@ REFUSALS: list[Harm] = [
 ]
 HARMS: dict[str, tuple[float, list[Harm]]] = {  # share of requests, how
     "503": (0.5, [SLOW_DOWN]),
-    "other refusals": (0.5, REFUSALS),
-    "reset": (0.5, ["reset"]),
-    "short body": (0.5, ["short"]),
-    "stall": (0.2, ["stall"]),
+    "other refusals": (0.4, REFUSALS),
+    "reset": (0.3, ["reset"]),
+    "short body": (0.3, ["short"]),
+    "stall": (0.3, ["stall"]),
 }
 
 
@@ -97,7 +97,7 @@ def test_harm_to_many_requests_changes_nothing(
     proxy.share, proxy.harms = HARMS[name]
     for batch in run(open_dataset(url)):
         assert_same(batch, expected[batch.step])
-    assert proxy.harmed > 5
+    assert proxy.harmed > 1
 
 
 def test_latency_changes_nothing(proxy: FaultProxy, url: str, expected: list[TrainBatch]) -> None:
@@ -125,7 +125,7 @@ def all_mixed(
     proxy: FaultProxy, url: str, expected: list[TrainBatch], folder: Path, epochs: int, down_s: float
 ) -> None:
     """All faults at once, with a kept part of half the dataset, which must not keep what is wrong."""
-    proxy.share, proxy.latency_s = 0.3, 0.2
+    proxy.share, proxy.latency_s = 0.25, 0.2
     proxy.harms = [SLOW_DOWN, *REFUSALS, "reset", "short", "stall"]
     dataset = open_dataset(url)
     for epoch in range(epochs):
