@@ -27,6 +27,7 @@ from concurrent.futures import Future
 from dataclasses import asdict
 from typing import NamedTuple
 
+from pipeline import storage
 from pipeline.cache import KeptPart
 from pipeline.errors import UserError
 
@@ -70,7 +71,10 @@ class Fetcher:
 
     def __init__(self, shards_url: str, indexes_url: str, kept: KeptPart | None = None) -> None:
         kept_part = asdict(kept) if kept else None
-        self.job = json.dumps({"shards_url": shards_url, "indexes_url": indexes_url, "kept": kept_part})
+        patience = {"deadline_s": storage.DEADLINE_S, "stall_s": storage.STALL_S}
+        self.job = json.dumps(
+            {"shards_url": shards_url, "indexes_url": indexes_url, "kept": kept_part} | patience
+        )
         self.storage_bytes = 0  # read from storage so far
         self.kept_bytes = 0  # read from the kept part so far
         self.lock = threading.Lock()

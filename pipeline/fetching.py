@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline import storage
 from pipeline.cache import KeptPart
 from pipeline.errors import UserError
 from pipeline.fetcher import MISSING, NOTICE, Range, send_answer
@@ -200,7 +201,9 @@ def _explain(problem: Exception, where: str) -> str:
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the worker, too, and it decides
     answers = socket.socket(fileno=int(sys.argv[1]))
-    fetching = Fetching(answers, **json.loads(sys.argv[2]))
+    job = json.loads(sys.argv[2])
+    storage.DEADLINE_S, storage.STALL_S = job.pop("deadline_s"), job.pop("stall_s")  # as its worker has them
+    fetching = Fetching(answers, **job)
     for line in sys.stdin.buffer:
         request = json.loads(line)
         if "whole" in request:

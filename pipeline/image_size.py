@@ -26,16 +26,22 @@ def image_size(read: Callable[[int], bytes], size: int) -> tuple[int, int]:
         head = read(wanted)
         try:
             if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-                return _webp_size(head)
+                return _with_area(_webp_size(head))
             if not head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")):
                 wanted = limit
                 raise ValueError("it is no JPEG, PNG or WebP")
             with Image.open(io.BytesIO(head), formats=("JPEG", "PNG")) as image:
-                return image.size
+                return _with_area(image.size)
         except Exception as error:  # cut and damaged bytes make Pillow raise nearly anything
             if wanted == limit:
                 raise ValueError(why_undecodable(error)) from error
             wanted = min(8 * wanted, limit)
+
+
+def _with_area(size: tuple[int, int]) -> tuple[int, int]:
+    if 0 in size:
+        raise ValueError(f"it is {size[0]} × {size[1]} pixels")
+    return size
 
 
 def _webp_size(head: bytes) -> tuple[int, int]:

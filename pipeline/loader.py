@@ -13,8 +13,8 @@ What a worker takes of memory for this, at any size of the dataset (tests/pipeli
     300 bytes a sample read ahead   where each of them is
     32 MB                           threads and what a few of them decode; each more takes an image's pixels more
 
-Its fetcher takes fetching.THREADS pieces of at most fetching.GET_BYTES (of files FILE_BYTES) and the two chunks
-they lie in, beside what it imports.
+Its fetcher takes fetching.LARGE_READS pieces of at most fetching.GET_BYTES (of files FILE_BYTES) and the two
+chunks they lie in, twice while a body is put together, and SMALL_READS of SMALL_BYTES, beside what it imports.
 """
 
 import itertools

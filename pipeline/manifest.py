@@ -194,6 +194,7 @@ class Dataset:
         rows = np.empty(len(table), INDEX_ROW)
         for name in INDEX_ROW.names or ():
             rows[name] = table[name].to_numpy()
+        self._check_rows(shard, rows)
         with self._lock:
             if shard not in self._indexes:
                 self._indexes[shard] = rows
@@ -205,6 +206,16 @@ class Dataset:
     def has_index(self, shard: int) -> bool:
         """Whether the shard's index is in memory."""
         return shard in self._indexes
+
+    def _check_rows(self, shard: int, rows: npt.NDArray[np.void]) -> None:
+        """So that nobody reads, or makes room for, what cannot be there."""
+        offset, size = rows["offset"], rows["size"]
+        inside = (offset >= 0) & (size > 0) & (offset <= self.shard_bytes[shard] - size)
+        if not (inside & (rows["width"] > 0) & (rows["height"] > 0)).all():
+            raise UserError(
+                f"{self.store.describe(index_name(self.shard_name(shard)))} is damaged (it has images that lie "
+                "outside of their shard, or have no size): copy or build the dataset again"
+            )
 
     def keys(self, sample_ids: npt.ArrayLike) -> list[str]:
         """The WebDataset key of each sample id."""
@@ -350,15 +361,18 @@ def open_dataset(url: str, known: bool = False) -> Dataset:
                 f"{store.describe(MANIFEST)} has format version {version}, this maestream reads up to "
                 f"{FORMAT_VERSION}: use a newer maestream"
             )
+        if version < 1:
+            raise ValueError(f"format version {version}")
         manifest = Manifest.model_validate_json(text)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         first = str(error).splitlines()[0]
         raise UserError(
             f"{store.describe(MANIFEST)} is damaged ({first}): copy or build the dataset again"
         ) from None
     table = read_shards(store)
     shards = parse_parquet(store.describe(SHARDS), table, SHARDS_SCHEMA, TRAINING_COLUMNS)
-    if len(shards) != manifest.shards or int(shards["samples"].to_numpy().sum()) != manifest.samples:
+    contents = parse_parquet(store.describe(SHARDS), table, SHARDS_SCHEMA, ["content"])["content"]
+    if not _belong_together(manifest, shards, contents):
         raise UserError(
             f"{store.describe(SHARDS)} does not belong to {MANIFEST}: copy or build the dataset again"
         )
@@ -366,6 +380,17 @@ def open_dataset(url: str, known: bool = False) -> Dataset:
     identity = hashlib.sha256(text)
     identity.update(table)
     return Dataset(store, shard_store, manifest, shards, identity.hexdigest())
+
+
+def _belong_together(manifest: Manifest, shards: pa.Table, contents: pa.ChunkedArray) -> bool:
+    samples, sizes = shards["samples"].to_numpy(), shards["bytes"].to_numpy()
+    return (
+        len(shards) == manifest.shards
+        and bool((samples >= 0).all() and (sizes >= 0).all())
+        and int(samples.sum()) == manifest.samples
+        and 0 <= manifest.image_bytes <= int(sizes.sum())
+        and fingerprint(contents) == manifest.fingerprint
+    )
 
 
 BUILDING = "building.json"  # present while a build is under way, see pipeline.shards

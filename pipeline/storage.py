@@ -9,7 +9,9 @@ import errno
 import functools
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,33 +19,38 @@ from typing import Any, TypeVar
 
 import aiohttp
 import botocore.exceptions
+import botocore.parsers
 import fsspec
 import tenacity
 
 from pipeline.errors import UserError
 
 DEADLINE_S = 120  # how long one operation is retried in all
+STALL_S = 10  # silence in the middle of an answer that is a fault
 FIRST_DEADLINE_S = 5  # the same until a store has answered once: a wrong name is likelier than a fault then
 TEMPORARY = ".maestream-"  # names of files that are being written begin so; a kill may leave them
+PART_BYTES, PARTS = 8 << 20, 8  # of a whole object: their size, and how many are read at once
 T = TypeVar("T")
 _ANSWERED: set[str] = set()  # buckets that have answered this process
 UMASK = os.umask(0)  # the only way to read it is to set it, and it is the whole process's
 os.umask(UMASK)
-S3_OPTIONS = {
-    # Objects are immutable here and folders change under us: a cached listing can only be wrong.
-    "use_listings_cache": False,
-    # A body that stalls for this long is a fault. One attempt: what is retried is retried here.
-    "config_kwargs": {
-        "connect_timeout": 5,
-        "read_timeout": 10,
-        "retries": {"max_attempts": 0},
-        "max_pool_connections": 64,  # botocore's 10 would be fewer than the reads under way
-    },
-}
+
+
+def _s3_options() -> dict[str, Any]:
+    return {
+        # Objects are immutable here and folders change under us: a cached listing can only be wrong.
+        "use_listings_cache": False,
+        "config_kwargs": {
+            "connect_timeout": min(STALL_S, 5),
+            "read_timeout": STALL_S,
+            "retries": {"max_attempts": 0},  # what is retried is retried here
+            "max_pool_connections": 64,  # botocore's 10 would be fewer than the reads under way
+        },
+    }
 
 
 class ShortReadError(OSError):
-    """Storage returned fewer bytes than were asked for."""
+    """Storage returned fewer bytes than were asked for, or more."""
 
 
 FAULTS = (
@@ -51,6 +58,8 @@ FAULTS = (
     aiohttp.ClientError,
     botocore.exceptions.HTTPClientError,
     botocore.exceptions.ConnectionError,
+    botocore.exceptions.IncompleteReadError,
+    botocore.parsers.ResponseParserError,  # an answer that is not S3's: of a load balancer, say
 )
 NOT_FAULTS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
@@ -84,22 +93,33 @@ class Store:
         return "/".join(self.url.split("/")[:3])  # scheme://bucket
 
     def read(self, name: str) -> bytes:
-        """The whole of a small object. FileNotFoundError where there is none."""
+        """The whole of an object. FileNotFoundError where there is none."""
         with _explained(self.describe(name)):
-            return self._retry(lambda: self.fs.cat_file(self.path(name)))
+            if self.is_local:
+                return self._retry(lambda: self.fs.cat_file(self.path(name)))
+            # The first part without asking for the size: most objects are no larger.
+            left = self._clock()
+            first = self._retry(lambda: self._read_once(name, 0, PART_BYTES, left()))
+            if len(first) == PART_BYTES:
+                starts = range(PART_BYTES, size := self.size(name), PART_BYTES)
+                with ThreadPoolExecutor(PARTS) as pool:
+                    rest = pool.map(lambda a: self.read_range(name, a, min(PART_BYTES, size - a)), starts)
+                    return b"".join([first, *rest])
+            return first  # longer only where a server ignores ranges: then it is all
 
     def read_range(self, name: str, start: int, size: int) -> bytes:
         """Exactly `size` bytes from byte `start`. FileNotFoundError, or UserError past the end."""
+        left = self._clock()
 
         def attempt() -> bytes:
-            data = self._read_once(name, start, size)
+            data = self._read_once(name, start, size, left())
             if len(data) != size:
                 # A cut body is a fault and worth a retry; a file that ends here is not.
-                if start + size > self.size(name):
+                if start + size > (there := int(self.fs.size(self.path(name)))):
                     raise UserError(
-                        f"{self.describe(name)} is shorter than its manifest says: it has {self.size(name)} "
-                        f"bytes, byte {start + size} was asked for. Run `maestream shards verify {self.url}`, "
-                        "then copy or build it again"
+                        f"{self.describe(name)} is shorter than its manifest says: it has {there} bytes, byte "
+                        f"{start + size} was asked for. Run `maestream shards verify {self.url}`, then "
+                        "copy or build it again"
                     )
                 raise ShortReadError(f"{self.describe(name)}: {len(data)} of {size} bytes at {start}")
             return data
@@ -107,23 +127,38 @@ class Store:
         with _explained(self.describe(name)):
             return self._retry(attempt)
 
-    def _read_once(self, name: str, start: int, size: int) -> bytes:
+    def _clock(self) -> Callable[[], float]:
+        """How long one attempt of a read that begins now may take: an answer that trickles in is never silent for
+        long enough to be a fault, and may not use up the whole deadline either."""
+        end = time.monotonic() + max(self._deadline_s(), STALL_S)
+        return lambda: max(min(DEADLINE_S / 2, end - time.monotonic()), 0.1)
+
+    def _read_once(self, name: str, start: int, size: int, timeout: float) -> bytes:
+        """`size` bytes from byte `start`, fewer where the object ends before. More, or others, where a server
+        ignores ranges."""
         if self.is_local:
             with open(self.path(name), "rb", buffering=0) as file:
                 return os.pread(file.fileno(), size, start)
+        limit = {"timeout": timeout} if self.fs.async_impl else {}
         try:
-            return self.fs.cat_file(self.path(name), start=start, end=start + size)
+            return self.fs.cat_file(self.path(name), start=start, end=start + size, **limit)
         except OSError as error:
-            if error.errno != errno.EINVAL:
+            answer = error.__cause__
+            if not isinstance(answer, botocore.exceptions.ClientError):
                 raise
-            return b""  # how s3fs says that the object ends before `start`
+            if answer.response["ResponseMetadata"]["HTTPStatusCode"] != 416:
+                raise
+            return b""  # the object ends before `start`, or there
+
+    def _deadline_s(self) -> float:
+        return DEADLINE_S if self.bucket in _ANSWERED else FIRST_DEADLINE_S
 
     def _retry(self, attempt: Callable[[], T]) -> T:
         """Call `attempt` until it succeeds: exponential waits with full jitter, and a total deadline."""
-        deadline_s = DEADLINE_S if self.bucket in _ANSWERED else FIRST_DEADLINE_S
+        deadline_s = self._deadline_s()
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(_is_fault),
-            wait=tenacity.wait_random_exponential(multiplier=0.1, max=10),
+            wait=tenacity.wait_random_exponential(multiplier=0.1, max=5),
             stop=tenacity.stop_after_attempt(3) if self.is_local else tenacity.stop_before_delay(deadline_s),
             reraise=True,
         )
@@ -205,7 +240,7 @@ def open_store(url: str, known: bool = False) -> Store:
     if "://" not in url:
         url = os.path.abspath(os.path.expanduser(url))
     try:
-        fs, root = fsspec.core.url_to_fs(url, **(S3_OPTIONS if url.startswith("s3://") else {}))
+        fs, root = fsspec.core.url_to_fs(url, **(_s3_options() if url.startswith("s3://") else {}))
     except (ValueError, ImportError) as error:
         raise UserError(f"{url}: {error}") from error
     if url.startswith("s3://"):
@@ -240,7 +275,7 @@ def _explained(where: str) -> Iterator[None]:
         if "bucket does not exist" in str(error):  # what S3 says of NoSuchBucket
             raise UserError(f"{where}: there is no such bucket: create it, or check its name") from error
         raise
-    except (OSError, ValueError, botocore.exceptions.BotoCoreError, aiohttp.ClientError) as error:
+    except (*FAULTS, ValueError, botocore.exceptions.BotoCoreError) as error:
         if isinstance(error, ValueError) and "Invalid endpoint" not in str(error):
             raise
         raise UserError(f"{where}: {_advice(error, where.startswith('s3://'))}") from error
@@ -249,6 +284,8 @@ def _explained(where: str) -> Iterator[None]:
 def _advice(error: Exception, s3: bool) -> str:
     """What an error of storage means, and what to do."""
     what = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, TimeoutError) and not str(error):
+        what = "no whole answer in time"
     number = getattr(error, "errno", None)
     if isinstance(error, PermissionError):
         return f"access refused ({what}). Check " + (

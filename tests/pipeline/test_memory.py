@@ -16,7 +16,7 @@ from watched_worker import Job, Look
 
 from pipeline.cache import CHUNK_BYTES
 from pipeline.decode import make_decoder
-from pipeline.fetching import FILE_BYTES, GET_BYTES, THREADS
+from pipeline.fetching import FILE_BYTES, GET_BYTES, LARGE_READS, SMALL_BYTES, SMALL_READS
 from pipeline.loader import AHEAD, Loader
 from pipeline.manifest import Dataset, open_dataset
 from pipeline.order import Order
@@ -55,7 +55,7 @@ def watch(job: Job) -> list[Look]:
 def assert_bounded_and_flat(job: Job, flat_bytes: int = FLAT_BYTES) -> None:
     dataset = open_dataset(job.dataset)
     order = Order(dataset.shard_samples, 0, job.global_batch, job.lanes, job.block)
-    bound = Loader(dataset, order, make_decoder("pillow", job.size, 1), 0, 1).bound_bytes
+    bound = Loader(dataset, order, make_decoder("cpu", job.size, 1), 0, 1).bound_bytes
     assert bound < dataset.manifest.image_bytes / 3  # else this would say nothing
 
     looks = watch(job)
@@ -74,7 +74,7 @@ def assert_bounded_and_flat(job: Job, flat_bytes: int = FLAT_BYTES) -> None:
     assert max(look.held for look in looks) <= held
     assert max(look.worker for look in looks) <= held + pixels + OTHER_BYTES
     piece = FILE_BYTES if dataset.shard_store.is_local else GET_BYTES
-    reads = THREADS * (piece + (2 * CHUNK_BYTES if job.cache else 0))
+    reads = LARGE_READS * 2 * (piece + (2 * CHUNK_BYTES if job.cache else 0)) + SMALL_READS * SMALL_BYTES
     assert max(look.fetcher for look in looks) <= reads + FLAT_BYTES
     if job.cache:
         assert job.cache[1] / 2 < max(look.kept for look in looks) <= job.cache[1]

@@ -353,5 +353,6 @@ def test_kills_leave_no_wrong_byte_and_nothing_behind(noise: Dataset, tmp_path: 
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1800)
 def test_200_kills_leave_no_wrong_byte_and_nothing_behind(noise: Dataset, tmp_path: Path) -> None:
     kill_at_random(noise, tmp_path, 200, seed=1)

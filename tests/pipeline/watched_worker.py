@@ -87,7 +87,7 @@ def main() -> None:
     dataset = open_dataset(job.dataset)
     order = Order(dataset.shard_samples, 0, job.global_batch, job.lanes, job.block)
     cache = (job.cache[0], job.cache[1]) if job.cache else None
-    loader = Loader(dataset, order, make_decoder("pillow", job.size, 2), 0, 1, cache)
+    loader = Loader(dataset, order, make_decoder("cpu", job.size, 2), 0, 1, cache)
     idle = idle_fetcher(dataset)
     gc.collect()
     before, fetcher = memory(os.getpid()), 0

@@ -51,7 +51,7 @@ def test_bad_samples_are_counted_and_named_at_every_world_size(damaged: Dataset,
 def test_more_than_the_cap_stop_the_run_and_a_higher_cap_lets_it_go_on(
     damaged: Dataset, tmp_path: Path
 ) -> None:
-    few = {"data": {"decoder": "pillow", "lanes": 4, "block": 8, "bad_samples": 2}}
+    few = {"data": {"decoder": "cpu", "lanes": 4, "block": 8, "bad_samples": 2}}
     with pytest.raises(
         UserError, match=r"bad samples, more than the 2 that are allowed: .*bad-samples\.json"
     ):
@@ -61,14 +61,14 @@ def test_more_than_the_cap_stop_the_run_and_a_higher_cap_lets_it_go_on(
     assert committed_steps(open_store(str(tmp_path / "run"))) == []
     with pytest.raises(UserError, match="more than the 2"):  # the count outlives the attempt
         train(damaged, tmp_path / "run", **few)
-    share = {"data": {"decoder": "pillow", "lanes": 4, "block": 8, "bad_samples": 2, "bad_share": 0.06}}
+    share = {"data": {"decoder": "cpu", "lanes": 4, "block": 8, "bad_samples": 2, "bad_share": 0.06}}
     run = train(damaged, tmp_path / "run", **share)  # 4 of 70
     assert run.attempt == 3
     assert sorted(row["sample"] for row in named(tmp_path / "run")) == VICTIMS
 
 
 def test_the_cap_stops_all_ranks(damaged: Dataset, tmp_path: Path) -> None:
-    few = {"data": {"decoder": "pillow", "lanes": 4, "block": 8, "bad_samples": 0, "bad_share": 0.0}}
+    few = {"data": {"decoder": "cpu", "lanes": 4, "block": 8, "bad_samples": 0, "bad_share": 0.0}}
     with pytest.raises(Exception, match="more than the 0 that are allowed"):
         mp.spawn(_worker, (2, damaged.store.url, str(tmp_path / "run"), few), nprocs=2)  # type: ignore[attr-defined]
     assert committed_steps(open_store(str(tmp_path / "run"))) == []

@@ -1,0 +1,267 @@
+"""Whatever storage does on the way, the batches are the same bit for bit; and where it is gone for good, a run
+stops in time, says why, and goes on from there later."""
+
+import contextlib
+import os
+import random
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+import torch
+from conftest import build_dataset, processes
+from fault_proxy import SLOW_DOWN, FaultProxy, Harm, answer, fault_proxy, s3_error
+from s3fs import S3FileSystem
+
+from pipeline import storage
+from pipeline.decode import make_decoder
+from pipeline.errors import UserError
+from pipeline.fetcher import Fetcher, Range
+from pipeline.loader import Loader, TrainBatch
+from pipeline.manifest import Dataset, index_name, open_dataset
+from pipeline.order import Order
+from pipeline.storage import open_store
+
+STALL_S = 1.0  # in these tests, so that they end soon
+PART = 1 << 14
+STEPS = 7  # an epoch and a bit
+PAGE = b"<html><h1>Too busy<hr>no closing tag</html>"
+REFUSALS: list[Harm] = [
+    s3_error("503 Service Unavailable", "ServiceUnavailable"),
+    s3_error("500 Internal Server Error", "InternalError"),
+    s3_error("429 Too Many Requests", "TooManyRequests"),
+    s3_error("400 Bad Request", "RequestTimeout"),
+    answer("502 Bad Gateway", PAGE),
+    answer("429 Too Many Requests", PAGE),
+    b"\x15\x03\x01\x00\x02\x02\x50no HTTP",
+    b"",
+]
+HARMS: dict[str, tuple[float, list[Harm]]] = {  # share of requests, how
+    "503": (0.5, [SLOW_DOWN]),
+    "other refusals": (0.4, REFUSALS),
+    "reset": (0.3, ["reset"]),
+    "short body": (0.3, ["short"]),
+    "stall": (0.3, ["stall"]),
+}
+
+
+def make_loader(dataset: Dataset, cache: tuple[str, int] | None = None) -> Loader:
+    order = Order(dataset.shard_samples, seed=0, global_batch=12, lanes=6, block=2)  # many small requests
+    return Loader(dataset, order, make_decoder("cpu", 32, 2), 0, 1, cache)
+
+
+def run(dataset: Dataset, cache: tuple[str, int] | None = None, start: int = 0) -> Iterator[TrainBatch]:
+    """The batches of steps `start` to STEPS."""
+    with contextlib.closing(make_loader(dataset, cache)) as loader:
+        yield from loader.steps(start, STEPS)
+
+
+def assert_same(batch: TrainBatch, expected: TrainBatch) -> None:
+    assert batch.step == expected.step
+    for name in ("images", "sample_ids", "weights", "labels"):
+        assert torch.equal(getattr(batch, name), getattr(expected, name)), (batch.step, name)
+
+
+@pytest.fixture(scope="module")
+def expected(scenes: Dataset) -> list[TrainBatch]:
+    """Without faults."""
+    return list(run(scenes))
+
+
+@pytest.fixture(scope="module")
+def url(s3: str) -> str:
+    """The same dataset in a bucket."""
+    return build_dataset("synthetic:?count=70&classes=7", f"{s3}/faults").store.url
+
+
+@pytest.fixture
+def proxy(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """What the S3 clients of this process and its fetchers talk to."""
+    upstream = urlsplit(os.environ["AWS_ENDPOINT_URL"]).port
+    assert upstream
+    with fault_proxy(upstream) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+        monkeypatch.setattr(storage, "STALL_S", STALL_S)
+        S3FileSystem.clear_instance_cache()  # its clients keep the address they began with
+        yield proxy
+    S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize("name", HARMS)
+def test_harm_to_many_requests_changes_nothing(
+    proxy: FaultProxy, url: str, expected: list[TrainBatch], name: str
+) -> None:
+    proxy.share, proxy.harms = HARMS[name]
+    for batch in run(open_dataset(url)):
+        assert_same(batch, expected[batch.step])
+    assert proxy.harmed > 1
+
+
+def test_latency_changes_nothing(proxy: FaultProxy, url: str, expected: list[TrainBatch]) -> None:
+    proxy.latency_s = 0.2
+    for batch in run(open_dataset(url)):
+        assert_same(batch, expected[batch.step])
+
+
+def refuse_for(proxy: FaultProxy, seconds: float) -> threading.Timer:
+    proxy.refuse()
+    timer = threading.Timer(seconds, proxy.accept)
+    timer.start()
+    return timer
+
+
+def test_refused_connections_are_waited_for(proxy: FaultProxy, url: str, expected: list[TrainBatch]) -> None:
+    for batch in run(open_dataset(url)):
+        assert_same(batch, expected[batch.step])
+        if batch.step == 0:
+            refusal = refuse_for(proxy, 2)
+    refusal.join()
+
+
+def all_mixed(
+    proxy: FaultProxy, url: str, expected: list[TrainBatch], folder: Path, epochs: int, down_s: float
+) -> None:
+    """All faults at once, with a kept part of half the dataset, which must not keep what is wrong."""
+    proxy.share, proxy.latency_s = 0.25, 0.2
+    proxy.harms = [SLOW_DOWN, *REFUSALS, "reset", "short", "stall"]
+    dataset = open_dataset(url)
+    for epoch in range(epochs):
+        for batch in run(dataset, (str(folder), int(dataset.shard_bytes.sum()) // 2)):
+            assert_same(batch, expected[batch.step])
+            if batch.step == 1 and epoch % 2 == 0:
+                refusal = refuse_for(proxy, down_s)
+        refusal.join()
+
+
+def test_all_faults_mixed_with_a_kept_part(
+    proxy: FaultProxy, url: str, expected: list[TrainBatch], tmp_path: Path
+) -> None:
+    all_mixed(proxy, url, expected, tmp_path, epochs=2, down_s=1)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_all_faults_mixed_for_long(
+    proxy: FaultProxy, url: str, expected: list[TrainBatch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "STALL_S", 10)  # as it is
+    all_mixed(proxy, url, expected, tmp_path, epochs=10, down_s=10)
+
+
+def test_a_server_that_ignores_ranges_is_noticed(
+    proxy: FaultProxy, url: str, expected: list[TrainBatch], scenes: Dataset
+) -> None:
+    def whole(request: str) -> bytes:
+        return answer(
+            "200 OK", Path(scenes.store.root, request.split()[1].rpartition("faults/")[2]).read_bytes()
+        )
+
+    dataset = open_dataset(url)
+    proxy.share, proxy.harms = 0.4, [whole]
+    for batch in run(dataset):
+        assert_same(batch, expected[batch.step])
+
+
+@pytest.fixture(scope="module")
+def large(s3: str) -> dict[str, bytes]:
+    """Objects about as large as some parts of PART bytes."""
+    rng = random.Random(0)
+    sizes = (0, 1, PART - 1, PART, PART + 1, 9 * PART, 9 * PART + 5)
+    objects = {str(size): rng.randbytes(size) for size in sizes}
+    store = open_store(f"{s3}/large")
+    for name, data in objects.items():
+        store.write(name, data)
+    return objects
+
+
+def test_large_objects_are_whole(
+    proxy: FaultProxy, s3: str, large: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "PART_BYTES", PART)
+
+    def whole(request: str) -> bytes:
+        return answer("200 OK", large[request.split()[1].rpartition("/")[2]])
+
+    store = open_store(f"{s3}/large")
+    proxy.share, proxy.harms = 0.4, [SLOW_DOWN, "reset", "short", whole]
+    for name, data in large.items():
+        assert store.read(name) == data
+
+
+def outage(proxy: FaultProxy, how: Harm | None) -> None:
+    if how is None:
+        proxy.refuse()
+    else:
+        proxy.share, proxy.harms = 1.0, [how]
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"), [(None, "Could not connect"), ("stall", "[Tt]ime"), (SLOW_DOWN, "SlowDown|reduce")]
+)
+def test_an_outage_stops_a_run_in_time_and_it_goes_on_later(
+    proxy: FaultProxy,
+    url: str,
+    expected: list[TrainBatch],
+    monkeypatch: pytest.MonkeyPatch,
+    how: Harm | None,
+    reason: str,
+) -> None:
+    monkeypatch.setattr(storage, "DEADLINE_S", 2)
+    dataset = open_dataset(url)
+    loader = make_loader(dataset)
+    loader.bound_bytes = 1 << 19  # little is read ahead: the outage is felt
+    reached, begin = 0, 0.0
+    with pytest.raises(UserError, match=reason) as stopped:  # noqa: PT012
+        for batch in loader.steps(0, STEPS):
+            assert_same(batch, expected[batch.step])
+            reached = batch.step + 1
+            if reached == 2:
+                outage(proxy, how)
+                begin = time.monotonic()
+    assert 2 <= reached < STEPS
+    assert time.monotonic() - begin < 2 + 2
+    assert url in str(stopped.value)
+    assert processes("pipeline.fetching", os.getpid()) == []
+    proxy.calm()
+    proxy.accept()
+    for batch in loader.steps(reached, STEPS):
+        assert_same(batch, expected[batch.step])
+        reached += 1
+    assert reached == STEPS
+    loader.close()
+
+
+def test_a_trickle_does_not_outlast_the_deadline(
+    proxy: FaultProxy, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "DEADLINE_S", 2)
+    dataset = open_dataset(url)
+    proxy.share, proxy.harms = 1.0, ["trickle"]
+    begin = time.monotonic()
+    with pytest.raises(UserError, match="no whole answer in time"):
+        dataset.shard_store.read_range(dataset.shard_name(0), 0, 100_000)
+    assert time.monotonic() - begin < 2 + 1
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [("403 Forbidden", "AccessDenied", "access refused"), ("404 Not Found", "NoSuchKey", "is missing")],
+)
+def test_what_only_a_person_can_mend_is_asked_once(
+    proxy: FaultProxy, url: str, status: str, code: str, message: str
+) -> None:
+    dataset = open_dataset(url)
+    fetcher = Fetcher(dataset.shard_store.url, dataset.store.url)
+    proxy.share, proxy.harms = 1.0, [s3_error(status, code)]
+    before = len(proxy.requests)
+    for begin in (
+        lambda: fetcher.whole(index_name(dataset.shard_name(0))),
+        lambda: fetcher.ranges([Range(dataset.shard_name(0), 0, 10, 0, 0, 0)], keep=False),
+    ):
+        with pytest.raises(UserError, match=message):
+            begin().result(20)
+    assert len(proxy.requests) - before == 2
+    fetcher.close()
