@@ -129,9 +129,10 @@ class Store:
 
     def _clock(self) -> Callable[[], float]:
         """How long one attempt of a read that begins now may take: an answer that trickles in is never silent for
-        long enough to be a fault, and may not use up the whole deadline either."""
+        long enough to be a fault, and may not use up the whole deadline either. The last attempt still gets an
+        eighth of it, so that what it ends with is the store's reason, and not that there was no time."""
         end = time.monotonic() + max(self._deadline_s(), STALL_S)
-        return lambda: max(min(DEADLINE_S / 2, end - time.monotonic()), 0.1)
+        return lambda: max(min(DEADLINE_S / 2, end - time.monotonic()), DEADLINE_S / 8)
 
     def _read_once(self, name: str, start: int, size: int, timeout: float) -> bytes:
         """`size` bytes from byte `start`, fewer where the object ends before. More, or others, where a server

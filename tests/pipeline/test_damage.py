@@ -202,7 +202,7 @@ def damage_and_read(dataset: Dataset, decoder: DecoderName, examples: int) -> No
 
 
 def test_damage_is_right_or_bad_or_a_stop(small: Dataset) -> None:
-    damage_and_read(small, "pillow", 25)
+    damage_and_read(small, "cpu", 25)
 
 
 def test_damage_is_the_same_to_dali(small: Dataset) -> None:
@@ -246,7 +246,7 @@ def test_damaged_images_do_not_touch_their_neighbours(small: Dataset, decoder: D
 
 def damage_kept_part(dataset: Dataset, folder: Path, examples: int) -> None:
     """The kept part is only a copy: whatever happens to it, the images are right."""
-    right = read_epoch(Path(dataset.store.root), "pillow", folder)
+    right = read_epoch(Path(dataset.store.root), "cpu", folder)
     assert len(list(folder.rglob("0*/0*"))) == len(dataset.shard_names)
 
     @settings(max_examples=examples, deadline=None, database=None, derandomize=examples < 100)
@@ -256,7 +256,7 @@ def damage_kept_part(dataset: Dataset, folder: Path, examples: int) -> None:
             root = copy(str(folder), Path(kept, "copy"))
             path = data.draw(st.sampled_from(sorted(root.rglob("0*/0*"))))
             data.draw(st.sampled_from([flip, truncate]))(data.draw, path)
-            end = assert_harmless(lambda: read_epoch(Path(dataset.store.root), "pillow", root), right, [])
+            end = assert_harmless(lambda: read_epoch(Path(dataset.store.root), "cpu", root), right, [])
             assert end == "right"
 
     example()
@@ -288,7 +288,7 @@ def test_absurd_numbers_in_an_index_are_refused(
     path = root / index_name(small.shard_name(1))
     replace(path, to_parquet(pa.Table.from_pylist(rows, INDEX_SCHEMA)))
     with pytest.raises(UserError, match=f"{path.name} is damaged"):
-        read_epoch(root, "pillow")
+        read_epoch(root, "cpu")
 
 
 def test_an_image_without_area_is_not_indexed() -> None:
@@ -356,4 +356,4 @@ def test_200_damages(small: Dataset, tmp_path: Path, decoder: DecoderName) -> No
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_damages_to_photographs(photographs: Dataset, tmp_path: Path) -> None:
-    damage_and_read(photographs, "pillow", 50)
+    damage_and_read(photographs, "cpu", 50)
