@@ -4,6 +4,7 @@ A block of a lane is one or two contiguous byte ranges, and all of its samples a
 places of the lane: a block is read at once, and its memory goes when the last of them has been taken.
 """
 
+import itertools
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +17,7 @@ from pipeline.cache import KeptPart
 from pipeline.decode import Encoded
 from pipeline.errors import UserError
 from pipeline.fetcher import MISSING, Fetcher, Range
-from pipeline.manifest import Dataset, Located, index_name
+from pipeline.manifest import INDEX_ROW, Dataset, Located, index_name
 from pipeline.order import Ints, Order
 
 GAP_BYTES = 64 << 10  # a gap that is read with the samples around it, rather than to ask once more
@@ -40,7 +41,8 @@ class Block:
     step: int  # the first that needs it
     located: Located
     ranges: list[Range]
-    begins: list[int]  # where each sample begins in the ranges laid end to end
+    begins: list[int]  # where each sample begins in the ranges laid end to end,
+    ends: list[int]  # and where it ends
     left: int  # samples not taken yet
     data: "Future[memoryview]" = field(init=False)
 
@@ -49,7 +51,7 @@ class Block:
         return sum(r.size for r in self.ranges)
 
     def sample(self, i: int) -> memoryview:
-        return self.data.result()[self.begins[i] : self.begins[i] + int(self.located.row["size"][i])]
+        return self.data.result()[self.begins[i] : self.ends[i]]
 
 
 class Reader:
@@ -99,12 +101,14 @@ class Reader:
         begin = time.perf_counter()
         encoded: list[Encoded] = [block.sample(i) for block, i in taken]
         waited_s = time.perf_counter() - begin
-        located = Located(
-            np.array([block.located.shard[i] for block, i in taken], np.int64),
-            np.array([block.located.row[i] for block, i in taken]),
-        )
-        for block, _ in taken:
-            block.left -= 1
+        located = Located(np.empty(len(ids), np.int64), np.empty(len(ids), INDEX_ROW))
+        at = 0
+        for _, run in itertools.groupby(taken, lambda block_and_place: id(block_and_place[0])):
+            blocks, places = zip(*run, strict=True)
+            block, here, there = blocks[0], slice(at, at + len(places)), list(places)
+            located.shard[here], located.row[here] = block.located.shard[there], block.located.row[there]
+            at += len(places)
+            block.left -= len(places)
             if not block.left:
                 self.held_bytes -= block.size
         self._ask(step, ahead=True)
@@ -198,7 +202,8 @@ class Reader:
             )
             begins += (begin[first : last + 1] - start + position).tolist()
             position += stop - start
-        return Block(step, located, ranges, begins, len(shard))
+        ends = (np.array(begins) + size).tolist()
+        return Block(step, located, ranges, begins, ends, len(shard))
 
     def _check(self, located: Located, encoded: list[Encoded]) -> list[int]:
         """Compare checksums. What differs is read again, past the kept part; positions of what still differs."""
