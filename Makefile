@@ -1,4 +1,4 @@
-# make demo | test | soak | bench-peers | setup; each does its own set-up in .venv. STORE=s3 runs the demo on a
+# make demo | test | soak | bench-peers | bench-storage | setup; each does its own set-up in .venv. STORE=s3 runs the demo on a
 # local S3. IMAGES=DIR gives the benchmark photographs.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,7 +10,7 @@ PILLOW := pillow==13.0.0
 pinned = $(shell grep -o '^$(1)==[^ ;]*' requirements.lock)
 DALI_HOST := sys_platform == "linux" and platform_machine == "x86_64"
 
-.PHONY: setup test check soak demo s3 lock bench-peers
+.PHONY: setup test check soak demo s3 lock bench-peers bench-storage
 
 setup: .venv/.ready
 
@@ -63,6 +63,10 @@ demo: setup $(if $(filter s3,$(STORE)),s3)
 # Our loader and its peers, which have two environments of their own: with pillow-simd and with Pillow.
 bench-peers: setup .venv-peers-simd/.ready .venv-peers-pillow/.ready
 	@$(BIN)/python -m benchmarks.peers $(if $(IMAGES),--images "$(IMAGES)")
+
+# Cold and cached reads from the S3 server of the tests, and how many bytes are read.
+bench-storage: setup s3
+	@.venv-s3/bin/python tests/s3_server.py --dir runs/bench-s3 -- $(BIN)/python -m benchmarks.storage $(if $(IMAGES),--images "$(IMAGES)")
 
 .venv-peers-simd/.ready: PIL := --no-binary :all: $(call pinned,pillow-simd)
 .venv-peers-pillow/.ready: PIL := $(PILLOW)

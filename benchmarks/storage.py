@@ -38,7 +38,7 @@ from pipeline.shards import build
 from pipeline.sources import open_source
 from pipeline.storage import open_store
 
-BATCH, ROUNDS, SHARD_BYTES, RANGE_BYTES, AT_ONCE = 64, 5, 100 << 20, 8 << 20, 16
+BATCH, ROUNDS, SHARD_BYTES, RANGE_BYTES, AT_ONCE = 64, 4, 100 << 20, 8 << 20, 16
 BUCKET = "s3://maestream/bench-storage"
 
 

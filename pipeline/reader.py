@@ -20,7 +20,9 @@ from pipeline.fetcher import MISSING, Fetcher, Range
 from pipeline.manifest import INDEX_ROW, Dataset, Located, index_name
 from pipeline.order import Ints, Order
 
-GAP_BYTES = 64 << 10  # a gap that is read with the samples around it, rather than to ask once more
+# A gap that is read with the samples around it, rather than to ask once more; and the same for the holes that
+# the first step leaves in the blocks after it, where an epoch is so long that a batch read twice does not matter.
+GAP_BYTES, HOLE_BYTES, LONG_EPOCH = 64 << 10, 256 << 10, 20
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,9 @@ class Reader:
         shard, begin, size = located.shard, located.offset, located.size
         gap = begin[1:] - (begin + size)[:-1]
         # What the first step takes lies here and there: twice its own bytes are the most that is read for it.
-        most = size[:-1] if step == self.start else GAP_BYTES
+        most: int | Ints = HOLE_BYTES if self.order.steps_per_epoch >= LONG_EPOCH else GAP_BYTES
+        if step == self.start:
+            most = size[:-1]
         cuts = np.flatnonzero((np.diff(shard) != 0) | (gap > most) | (gap < 0)) + 1
         firsts, lasts = np.r_[0, cuts], np.r_[cuts, len(shard)] - 1
         ranges, begins, position = [], [], 0
