@@ -75,7 +75,7 @@ def simulate(folder: str, shards: int, samples: int) -> None:
             "content": digests(),
         }
     ).cast(SHARDS_SCHEMA)
-    write_dataset(open_store(folder), table, shards * samples * SAMPLE_BYTES, ["one"], {})
+    write_dataset(open_store(folder), table, shards * samples * (SAMPLE_BYTES - 5000), ["one"], {})
 
 
 def index_file(samples: int) -> bytes:
@@ -88,8 +88,8 @@ def index_file(samples: int) -> bytes:
     rng, ones = np.random.default_rng(0), np.ones(samples, np.int64)
     columns = {
         "key": [f"n{i % 1000:08d}/n{i % 1000:08d}_{i}" for i in range(samples)],
-        "offset": np.arange(samples) * SAMPLE_BYTES + 512,
-        "size": np.full(samples, SAMPLE_BYTES - 2048),
+        "offset": np.arange(samples) * (SAMPLE_BYTES - 3000) + 512,
+        "size": np.full(samples, SAMPLE_BYTES - 5000),
         "label": rng.integers(0, 1000, samples),
         "width": ones * 500,
         "height": ones * 375,
