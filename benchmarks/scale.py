@@ -83,7 +83,8 @@ def index_file(samples: int) -> bytes:
     import numpy as np
     import pyarrow as pa
 
-    from pipeline.manifest import INDEX_SCHEMA, to_parquet
+    from pipeline.manifest import INDEX_SCHEMA
+    from pipeline.parquet import to_parquet
 
     rng, ones = np.random.default_rng(0), np.ones(samples, np.int64)
     columns = {

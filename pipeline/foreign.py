@@ -27,11 +27,10 @@ from pipeline.manifest import (
     Manifest,
     content_digest,
     index_name,
-    parse_parquet,
     read_object,
-    to_parquet,
     write_dataset,
 )
+from pipeline.parquet import parse_parquet, to_parquet
 from pipeline.scan import (
     IMAGES,
     ROWS_SCHEMA,

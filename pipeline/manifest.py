@@ -12,11 +12,10 @@ about 50 bytes a shard: what its columns of digests say is read when somebody as
 
 import functools
 import hashlib
-import io
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -24,10 +23,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.errors import UserError
+from pipeline.parquet import PART_ROWS, parse_parquet, parse_parquet_column, to_parquet
 from pipeline.storage import Store, open_store
 
 FORMAT_VERSION = 1
@@ -276,41 +275,19 @@ def read_shards(store: Store) -> memoryview:
     return data
 
 
-def parse_parquet(where: str, data: bytes | memoryview, schema: pa.Schema, columns: list[str]) -> pa.Table:
-    try:
-        # Not pq.read_table: it leaves Arrow's threads behind, and a process that ends soon after aborts now and
-        # then ("terminate called without an active exception").
-        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True, pre_buffer=False)
-        wanted = pa.schema([schema.field(name) for name in columns])
-        table = file.read(columns, use_threads=False).select(columns).cast(wanted)
-        table.validate(full=True)
-        if missing := [c for c in table.column_names if table[c].null_count]:
-            raise ValueError(f"no values for {', '.join(missing)}")
-        return table
-    except (pa.ArrowException, OSError, ValueError, KeyError) as error:  # pyarrow raises any of them
-        what = " ".join(str(error).split())
-        raise UserError(f"{where} is damaged ({what}): copy or build the dataset again") from None
-
-
-def to_parquet(table: pa.Table) -> bytes:
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, write_page_checksum=True)
-    return buffer.getvalue()
-
-
 def content_digest(index: pa.Table) -> str:
     """SHA-256 of what is trained on in a shard: key, label, size and checksum of each image, in order."""
     rows = index.select(["key", "label", "size", "crc32c"]).to_pylist()
     return hashlib.sha256(json.dumps([list(row.values()) for row in rows]).encode()).hexdigest()
 
 
-def fingerprint(contents: pa.ChunkedArray) -> str:
+def fingerprint(contents: Iterable[pa.ChunkedArray]) -> str:
     """The dataset's identity: a digest over its shards' content digests, in order. Paths, dates and tools are
-    not in it."""
+    not in it. They come in parts: a million of them as Python's strings are 120 MB."""
     digest = hashlib.sha256()
-    for start in range(0, len(contents), 1 << 16):  # a million of them as Python's strings are 120 MB
-        lines = "\n".join(contents[start : start + (1 << 16)].to_pylist())
-        digest.update((lines if start == 0 else "\n" + lines).encode())
+    for nth, part in enumerate(contents):
+        lines = "\n".join(part.to_pylist())
+        digest.update(("\n" + lines if nth else lines).encode())
     return digest.hexdigest()
 
 
@@ -327,7 +304,9 @@ def write_dataset(
     """Write the table of shards, then the manifest: from then on it is a dataset."""
     manifest = Manifest(
         format_version=FORMAT_VERSION,
-        fingerprint=fingerprint(shards["content"]),
+        fingerprint=fingerprint(
+            shards["content"].slice(start, PART_ROWS) for start in range(0, len(shards), PART_ROWS)
+        ),
         samples=int(shards["samples"].to_numpy().sum()),
         shards=len(shards),
         image_bytes=image_bytes,
@@ -371,7 +350,7 @@ def open_dataset(url: str, known: bool = False) -> Dataset:
         ) from None
     table = read_shards(store)
     shards = parse_parquet(store.describe(SHARDS), table, SHARDS_SCHEMA, TRAINING_COLUMNS)
-    contents = parse_parquet(store.describe(SHARDS), table, SHARDS_SCHEMA, ["content"])["content"]
+    contents = parse_parquet_column(store.describe(SHARDS), table, SHARDS_SCHEMA, "content")
     if not _belong_together(manifest, shards, contents):
         raise UserError(
             f"{store.describe(SHARDS)} does not belong to {MANIFEST}: copy or build the dataset again"
@@ -382,7 +361,7 @@ def open_dataset(url: str, known: bool = False) -> Dataset:
     return Dataset(store, shard_store, manifest, shards, identity.hexdigest())
 
 
-def _belong_together(manifest: Manifest, shards: pa.Table, contents: pa.ChunkedArray) -> bool:
+def _belong_together(manifest: Manifest, shards: pa.Table, contents: Iterable[pa.ChunkedArray]) -> bool:
     samples, sizes = shards["samples"].to_numpy(), shards["bytes"].to_numpy()
     return (
         len(shards) == manifest.shards

@@ -30,8 +30,9 @@ from pipeline.decode import DecoderName, make_decoder
 from pipeline.errors import UserError
 from pipeline.image_size import image_size
 from pipeline.loader import Loader
-from pipeline.manifest import INDEX_SCHEMA, MANIFEST, Dataset, index_name, open_dataset, to_parquet
+from pipeline.manifest import INDEX_SCHEMA, MANIFEST, Dataset, index_name, open_dataset
 from pipeline.order import Order
+from pipeline.parquet import to_parquet
 from pipeline.reader import read_samples
 from pipeline.sources import open_source
 

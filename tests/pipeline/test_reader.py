@@ -29,10 +29,10 @@ from pipeline.manifest import (
     content_digest,
     index_name,
     open_dataset,
-    to_parquet,
     write_dataset,
 )
 from pipeline.order import Order
+from pipeline.parquet import to_parquet
 from pipeline.reader import Reader, Samples
 from pipeline.storage import open_store
 
