@@ -8,6 +8,8 @@ What a worker takes of memory for this, at any size of the dataset (tests/pipeli
     bound_bytes                     encoded samples read ahead, two blocks of each lane
     AHEAD + 2 steps, and a block    encoded samples that were taken and are not decoded, and of each lane the
                                     rest of a block that they lie in
+    a quarter of those two, and     what buffers have beyond what lies in them, and buffers that wait to be
+    an eighth of bound_bytes        filled again
     AHEAD + 2 batches               pixels
     manifest.INDEX_BYTES            indexes, at most, beside those that are just being read, and 50 bytes a shard
     300 bytes a sample read ahead   where each of them is

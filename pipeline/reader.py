@@ -79,7 +79,7 @@ class Reader:
         self.rank, self.world_size = rank, world_size
         self.start, self.stop, self.bound_bytes = start, stop, bound_bytes
         self.lanes = order.lanes_of(rank, world_size)
-        self.fetcher = Fetcher(dataset.shard_store.url, dataset.store.url, kept)
+        self.fetcher = Fetcher(dataset.shard_store.url, dataset.store.url, kept, spare_bytes=bound_bytes // 8)
         self.first_chunks = np.zeros_like(dataset.shard_bytes)
         if kept:
             chunks = -(-dataset.shard_bytes // kept.chunk_bytes)
