@@ -232,7 +232,7 @@ def verify(dest: str) -> None:
 def order(dest: str, steps: str | None, rank: int, world_size: int, epoch: int, **fixed: Any) -> None:
     """Which samples a worker sees, as JSON lines, one a step: ids, keys, crops (y, x, h, w), flips."""
     from pipeline.augment import random_flips, random_resized_crops
-    from trainer.config import DataConfig, PretrainConfig
+    from trainer.config import DataConfig, PretrainConfig, WorkersConfig
     from trainer.run import fix_order, make_order
 
     if rank >= world_size:
@@ -240,7 +240,10 @@ def order(dest: str, steps: str | None, rank: int, world_size: int, epoch: int, 
     dataset = open_dataset(dest)
     data = DataConfig(lanes=fixed["lanes"], block=fixed["block"])
     config = PretrainConfig(
-        global_batch=fixed["global_batch"], seed=fixed["seed"], workers=world_size, data=data
+        global_batch=fixed["global_batch"],
+        seed=fixed["seed"],
+        workers=WorkersConfig(max=world_size),
+        data=data,
     )
     order = make_order(fix_order(config, dataset), dataset)
     for step in _steps(steps, order.steps_per_epoch):

@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,11 +17,16 @@ PLAIN_LINE_S = 5.0  # seconds between two lines where there is no terminal
 
 
 class Mailbox:
-    """A Ray actor where workers leave the newest metrics, and warnings, for the driver to show."""
+    """A Ray actor where workers and Ray's controller leave word for the driver: the newest metrics, warnings,
+    and events."""
 
     def __init__(self) -> None:
         self.row: dict[str, Any] | None = None
         self.warnings: list[str] = []
+        self.events: list[dict[str, Any]] = []
+        self.attempt: dict[str, Any] | None = None  # has begun, and done no step yet
+        self.began = -1  # the step at which the newest attempt began
+        self.reached, self.reached_at = 0, 0.0  # steps that the newest attempt has done, and when it had
 
     def put(self, row: dict[str, Any]) -> None:
         self.row = row
@@ -29,9 +34,33 @@ class Mailbox:
     def warn(self, text: str) -> None:
         self.warnings.append(text)
 
-    def take(self) -> tuple[dict[str, Any] | None, list[str]]:
+    def tell(self, event: dict[str, Any]) -> None:
+        self.events.append({"time": time.time(), **event})
+
+    def begin(self, attempt: int, step: int, world_size: int) -> None:
+        """Attempt `attempt` begins at step `step`. It is told with its first step: then it is known what it cost."""
+        self.attempt = {"event": "attempt", "attempt": attempt, "step": step, "world_size": world_size}
+        self.began = step
+
+    def reach(self, steps: int) -> None:
+        """So many steps are done."""
+        now = time.time()
+        if self.attempt:
+            if self.reached_at:
+                self.attempt["redone"] = max(self.reached - self.began, 0)
+                self.attempt["gap_s"] = round(now - self.reached_at, 1)
+            self.tell(self.attempt)
+            self.attempt = None
+        self.reached, self.reached_at = steps, now
+
+    def start(self) -> int:
+        """The step at which the newest attempt began, -1 if none has."""
+        return self.began
+
+    def take(self) -> tuple[dict[str, Any] | None, list[str], list[dict[str, Any]]]:
         warnings, self.warnings = self.warnings, []
-        return self.row, warnings
+        events, self.events = self.events, []
+        return self.row, warnings, events
 
 
 class MailboxHandler(logging.Handler):
@@ -54,11 +83,21 @@ def summary(row: dict[str, Any]) -> str:
     )
 
 
+def sentence(event: dict[str, Any]) -> str:
+    """An event in one line."""
+    if event["event"] == "failure":
+        return f"{event['cause']}: starting the workers again"
+    text = f"attempt {event['attempt']}: {event['world_size']} workers from step {event['step']}"
+    if "redone" in event:
+        text += f", {event['redone']} steps redone, {event['gap_s']:g} s without a step"
+    return text
+
+
 @contextmanager
-def watch(mailbox: Any, console: Console) -> Iterator[None]:
-    """Show what arrives in `mailbox` until the block ends."""
+def watch(mailbox: Any, console: Console, keep: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+    """Show what arrives in `mailbox` until the block ends; `keep` gets each event, too."""
     stop = threading.Event()
-    thread = threading.Thread(target=_show, args=(mailbox, console, stop), name="console", daemon=True)
+    thread = threading.Thread(target=_show, args=(mailbox, console, keep, stop), name="console", daemon=True)
     thread.start()
     try:
         yield
@@ -67,7 +106,9 @@ def watch(mailbox: Any, console: Console) -> Iterator[None]:
         thread.join(timeout=5)
 
 
-def _show(mailbox: Any, console: Console, stop: threading.Event) -> None:
+def _show(
+    mailbox: Any, console: Console, keep: Callable[[dict[str, Any]], None], stop: threading.Event
+) -> None:
     columns = (
         TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
         TextColumn("{task.description}", table_column=Column(no_wrap=True)),
@@ -79,13 +120,16 @@ def _show(mailbox: Any, console: Console, stop: threading.Event) -> None:
         while not ending:
             ending = stop.wait(POLL_S)
             try:
-                row, warnings = ray.get(mailbox.take.remote(), timeout=5)
+                row, warnings, events = ray.get(mailbox.take.remote(), timeout=5)
             except ray.exceptions.GetTimeoutError:
                 continue
             except ray.exceptions.RayError:
                 return  # the cluster is going away; what happened is told by who notices
             for text in warnings:
                 console.print(f"warning: {text}", style="yellow")
+            for event in events:
+                keep(event)
+                console.print(sentence(event))
             if row is None or row["step"] == shown[0]:
                 continue
             done, total = row["step"] + 1, row["total_steps"]

@@ -7,6 +7,7 @@ group, and tells what became of them.
 import logging
 import os
 import shutil
+import signal
 import socket
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,23 +17,39 @@ import ray
 import ray.train
 import torch
 from pyarrow.fs import FSSpecHandler, PyFileSystem
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig
 from rich.console import Console
 
 from cluster.console import Mailbox, MailboxHandler, watch
+from cluster.elastic import ElasticTrainer, user_error
 from pipeline.decode import available_cores
 from pipeline.errors import UserError
-from pipeline.manifest import open_dataset
+from pipeline.manifest import Dataset, open_dataset
 from pipeline.storage import open_store
-from trainer.config import PretrainConfig
+from trainer.config import PretrainConfig, WorkersConfig
+from trainer.events import Events
+from trainer.lease import Lease
 from trainer.pretrain import pretrain
-from trainer.run import Run, begin_attempt, make_order, open_run
+from trainer.run import Run, forget_failure, found_run, make_order, open_run, write_failure
 
 RAY_FOLDER = "ray"  # in the run folder: what Ray's controller keeps
 
 
-# The controller looks at its workers this often, so a run's start and end take seconds less than with Ray's 2.
-os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+# Ray's own patience is made for slower things than these (measured: 76 s and 27 steps for a killed node without):
+TUNING = {
+    # the controller looks at its workers this often, not each 2 s: a death, a start and an end are seen sooner
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # a worker that does not answer is stuck (SIGSTOP, a hung driver), not busy: it has threads for that
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "10",
+    # workers start in seconds, or their node is gone and Ray does not know yet
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
+    # a node's notice may be all of 30 s
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+}
+for name, value in TUNING.items():
+    os.environ.setdefault(name, value)
+# In the workers: a process group that has lost a member cannot be ended in order, so not for long (Ray waits 30 s).
+WORKER_ENVIRONMENT = {"TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3"}
 
 
 def train(config: PretrainConfig, data: str, out: str, console: Console) -> None:
@@ -41,35 +58,62 @@ def train(config: PretrainConfig, data: str, out: str, console: Console) -> None
     UserError for what only a person can mend, wherever it happened.
     """
     dataset = open_dataset(data)
-    config, run = open_run(out, config, dataset)
+    config, run = open_run(out, config, dataset)  # what has to be refused is, before anything is written
+    # Ray ends the workers in order when its driver is interrupted.
+    with Lease(run.store, console.print, lambda: os.kill(os.getpid(), signal.SIGINT)) as lease:
+        config, run = open_run(out, config, dataset)  # another owner may have been at it until now
+        try:
+            _train(config, dataset, run, console)
+        except UserError as error:
+            write_failure(run, str(error))
+            raise
+        except KeyboardInterrupt:
+            if lease.lost:
+                raise UserError(
+                    f"somebody else has taken {run.store.url} over: this one has stopped"
+                ) from None
+            raise
+
+
+def _train(config: PretrainConfig, dataset: Dataset, run: Run, console: Console) -> None:
     order = make_order(config, dataset)
     order_note = f"global batch {config.global_batch}, {config.data.lanes} lanes, block {config.data.block}"
     console.print(
         f"run {run.run_id[:8]} attempt {run.attempt}: {dataset.samples:,} samples, {order_note}, "
-        f"{config.workers} workers → {run.store.url}"
+        f"{_how_many(config.workers)} workers → {run.store.url}"
     )
-    if (imbalance := order.imbalance(config.workers)) > 1.1:
+    if (imbalance := order.imbalance(config.workers.max)) > 1.1:
         console.print(
-            f"warning: {config.workers} workers share {order.lanes} lanes unevenly: the busiest has "
+            f"warning: {config.workers.max} workers share {order.lanes} lanes unevenly: the busiest has "
             f"{imbalance:.2f} times the mean. Better is a number of workers that divides the lanes",
             style="yellow",
         )
+    if reason := forget_failure(run.store):
+        console.print(f"the last time it stopped, because {reason}", style="yellow")
     try:
         _start_ray(config.workers)
-        begin_attempt(config, run, dataset)
+        found_run(config, run, dataset)
         _fit(config, dataset.store.url, run, console)
     finally:
         ray.shutdown()
 
 
-def _start_ray(workers: int) -> None:
+def _how_many(workers: WorkersConfig) -> str:
+    return f"{workers.max}" if workers.min == workers.max else f"{workers.min} to {workers.max}"
+
+
+def _start_ray(workers: WorkersConfig) -> None:
     address = os.environ.get("RAY_ADDRESS")
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    options: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "runtime_env": {"env_vars": WORKER_ENVIRONMENT},
+    }
     if address:
         _check_reachable(address)
         ray.init(address=address, **options)
     else:
-        cores = max(available_cores(), workers)
+        cores = max(available_cores(), workers.max)
         ray.init(
             address="local",
             num_cpus=cores,
@@ -78,12 +122,14 @@ def _start_ray(workers: int) -> None:
             **options,
         )
     have = ray.cluster_resources()
-    if have.get("CPU", 0) < workers:
+    if have.get("CPU", 0) < workers.min:
         raise UserError(
-            f"{workers} workers need as many CPUs, the cluster has {have.get('CPU', 0):g}: lower workers"
+            f"{workers.min} workers need as many CPUs, the cluster has {have.get('CPU', 0):g}: lower workers"
         )
-    if 0 < have.get("GPU", 0) < workers:
-        raise UserError(f"{workers} workers need a GPU each, the cluster has {have['GPU']:g}: lower workers")
+    if 0 < have.get("GPU", 0) < workers.min:
+        raise UserError(
+            f"{workers.min} workers need a GPU each, the cluster has {have['GPU']:g}: lower workers"
+        )
 
 
 def _check_reachable(address: str) -> None:
@@ -99,17 +145,21 @@ def _check_reachable(address: str) -> None:
 def _fit(config: PretrainConfig, data: str, run: Run, console: Console) -> None:
     gpus = ray.cluster_resources().get("GPU", 0) > 0
     mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
-    trainer = TorchTrainer(
+    workers = config.workers
+    trainer = ElasticTrainer(
         _worker,
+        mailbox=mailbox,
         train_loop_config={
             "config": config.model_dump(),
             "data": data,
             "out": run.store.url,
             "run_id": run.run_id,
-            "attempt": run.attempt,
             "mailbox": mailbox,
         },
-        scaling_config=ray.train.ScalingConfig(num_workers=config.workers, use_gpu=gpus),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers.max if workers.min == workers.max else (workers.min, workers.max),
+            use_gpu=gpus,
+        ),
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         run_config=ray.train.RunConfig(
             name=f"attempt-{run.attempt:04d}",
@@ -119,13 +169,13 @@ def _fit(config: PretrainConfig, data: str, run: Run, console: Console) -> None:
         ),
     )
     try:
-        with watch(mailbox, console):
+        with watch(mailbox, console, Events(run).keep):
             trainer.fit()
     except SystemExit:  # Ray's answer to Ctrl-C
         console.print("interrupted: the same command again goes on from the last commit")
         raise KeyboardInterrupt from None
     except ray.train.TrainingFailedError as error:
-        if cause := _user_error(error):
+        if cause := user_error(error):
             raise cause from None
         raise click.ClickException(f"{error}\nThe same command again goes on from the last commit.") from None
     finally:
@@ -134,32 +184,23 @@ def _fit(config: PretrainConfig, data: str, run: Run, console: Console) -> None:
             shutil.rmtree(run.store.path(RAY_FOLDER), ignore_errors=True)
 
 
-def _user_error(error: ray.train.TrainingFailedError) -> UserError | None:
-    """What only a person can mend, if that is what stopped a worker."""
-    for failure in getattr(error, "worker_failures", {}).values():
-        cause: BaseException | None = failure
-        while cause is not None:
-            if isinstance(cause, UserError):
-                return UserError(str(cause).strip())
-            cause = getattr(cause, "cause", None) or cause.__cause__
-    return None
-
-
 def _worker(job: dict[str, Any]) -> None:
     """One worker: runs in a process of its own, somewhere in the cluster."""
-    context = ray.train.get_context()
+    context, mailbox = ray.train.get_context(), job["mailbox"]
     log = logging.getLogger("maestream")
-    log.addHandler(MailboxHandler(job["mailbox"]))
+    log.addHandler(MailboxHandler(mailbox))
     device = ray.train.torch.get_device()
     # Ray allows one thread; the machine's cores are shared among its workers.
     torch.set_num_threads(max(1, available_cores() // context.get_local_world_size()))
     run = Run(
         open_store(job["out"], known=True),
         job["run_id"],
-        job["attempt"],
+        attempt=0,  # `pretrain` begins one
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
         device=device,
-        on_metrics=lambda row: job["mailbox"].put.remote(row),
+        on_metrics=lambda row: mailbox.put.remote(row),
+        on_begin=lambda *begun: mailbox.begin.remote(*begun),
+        on_step=lambda steps: mailbox.reach.remote(steps),
     )
     pretrain(PretrainConfig.model_validate(job["config"]), open_dataset(job["data"], known=True), run)

@@ -19,7 +19,7 @@ from torch import nn
 from pipeline.errors import UserError
 from pipeline.storage import Store
 from trainer.config import PretrainConfig, differences, parse_config
-from trainer.run import Run
+from trainer.run import Run, check_newest
 
 FOLDER = "checkpoints"
 MARKER = "COMMITTED"
@@ -90,6 +90,7 @@ class Checkpointer:
                 "config": self.config.model_dump(),
             }
             store.write(f"{folder}/state.json", json.dumps(state, indent=2).encode())
+            check_newest(self.run)
             store.write(f"{folder}/{MARKER}", b"")
             self._prune()
         except BaseException as error:  # it belongs to the training thread

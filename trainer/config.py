@@ -124,6 +124,28 @@ class CheckpointConfig(_Config):
     keep: Count = 3  # newest commits kept
 
 
+class WorkersConfig(_Config):
+    """How many workers train: as many of these as the cluster has room for, at any time. One number fixes it."""
+
+    min: Count = 1
+    max: Count = 1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_number(cls, value: Any) -> Any:
+        if isinstance(value, int):
+            return {"min": value, "max": value}
+        if not isinstance(value, dict | WorkersConfig):
+            raise ValueError("a number, or {min: 1, max: 8}")
+        return value
+
+    @model_validator(mode="after")
+    def _fits(self) -> "WorkersConfig":
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is above max {self.max}")
+        return self
+
+
 class PretrainConfig(_Config):
     """A pre-training run."""
 
@@ -131,7 +153,7 @@ class PretrainConfig(_Config):
     micro_batch: Count = 256  # samples a worker puts through at once; gradients are accumulated
     epochs: Positive = 800
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    workers: Count = 1
+    workers: WorkersConfig = WorkersConfig()
     precision: Literal["auto", "bf16", "float32", "float64"] = "auto"
     log_every: Count = 20  # steps between two looks at the device
     model: ModelConfig = ModelConfig()

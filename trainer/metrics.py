@@ -13,7 +13,7 @@ from typing import Any
 from tensorboardX import SummaryWriter
 
 from pipeline.storage import Store
-from trainer.run import Run
+from trainer.run import Run, in_history, read_starts
 
 METRICS = "metrics.jsonl"
 
@@ -67,8 +67,9 @@ class Metrics:
 
 
 def read_metrics(store: Store) -> list[dict[str, Any]]:
-    """A row for each step of the history, in order: of a step that was redone, the last attempt's."""
+    """A row for each step of the history, in order."""
     names = [METRICS] if store.exists(METRICS) else store.names("metrics")  # none yet, if neither
+    starts = read_starts(store)
     rows: dict[int, dict[str, Any]] = {}
     for name in names:
         for line in store.read(name).decode().splitlines():
@@ -76,6 +77,6 @@ def read_metrics(store: Store) -> list[dict[str, Any]]:
                 row = json.loads(line)
             except ValueError:  # a line that a kill cut short
                 continue
-            if row["step"] not in rows or row["attempt"] >= rows[row["step"]]["attempt"]:
+            if in_history(starts, row["attempt"], row["step"]):
                 rows[row["step"]] = row
     return [rows[step] for step in sorted(rows)]

@@ -33,7 +33,7 @@ from trainer.masks import mask_noise
 from trainer.metrics import Metrics
 from trainer.optim import adamw, learning_rate
 from trainer.reconstruct import draw_grid, evenly_spread, reconstruct
-from trainer.run import Run, make_order
+from trainer.run import Run, begin_attempt, make_order
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ def pretrain(config: PretrainConfig, dataset: Dataset, run: Run) -> None:
         check_state(run.store, start, run, dataset.fingerprint, config)
         load_weights(run.store, start, model)
         load_optimizer(run.store, start, model, optimizer)
+    run = begin_attempt(run, start)
 
     # ---- data, and where to report
     threads = config.data.threads or torch.get_num_threads()  # this worker's share of the cores
@@ -104,6 +105,8 @@ def pretrain(config: PretrainConfig, dataset: Dataset, run: Run) -> None:
         pending.append(Pending(batch.step, batch.epoch, lr, batch.wait_s, sums))
 
         done = batch.step + 1
+        if leads:
+            run.on_step(done)
         last = done == total_steps
         due = config.checkpoint.every_steps and done % config.checkpoint.every_steps == 0
         if not (done % config.log_every == 0 or due or last):

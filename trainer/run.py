@@ -1,7 +1,9 @@
 """A run and its folder: who it is, what was fixed when it first started, and this worker's place in it.
 
 RUN/config.yaml          the config, with B, V, K as fixed
-RUN/run.json             run id, dataset fingerprint, the newest attempt
+RUN/run.json             run id, dataset fingerprint, and at which step each attempt began
+RUN/failed.json          what stopped the newest attempt, if that is for a person to mend
+RUN/lease.json           whose the run is, see trainer.lease
 RUN/metrics.jsonl        a row a step (on object stores: RUN/metrics/, see trainer.metrics)
 RUN/checkpoints/step-…/  see trainer.checkpoint
 RUN/tensorboard/  RUN/pictures/
@@ -9,11 +11,12 @@ RUN/tensorboard/  RUN/pictures/
 
 import json
 import uuid
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import yaml
 
 from pipeline.cache import CHUNK_BYTES
@@ -25,6 +28,8 @@ from trainer.config import PretrainConfig, differences, dump_config, parse_confi
 
 CONFIG = "config.yaml"
 RUN = "run.json"
+FAILED = "failed.json"
+LEASE = "lease.json"
 
 
 @dataclass(frozen=True)
@@ -33,11 +38,14 @@ class Run:
 
     store: Store
     run_id: str
-    attempt: int  # 1 for a run's first start, one more for each start after
+    attempt: int  # 1 for a run's first group of workers, one more for each that comes after
     rank: int = 0
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    on_metrics: Callable[[dict[str, Any]], None] = lambda row: None  # for the console; rank 0 only
+    # For the console; rank 0 only.
+    on_metrics: Callable[[dict[str, Any]], None] = lambda row: None
+    on_begin: Callable[[int, int, int], None] = lambda attempt, step, world_size: None
+    on_step: Callable[[int], None] = lambda steps_done: None
 
 
 def fix_order(config: PretrainConfig, dataset: Dataset) -> PretrainConfig:
@@ -48,7 +56,7 @@ def fix_order(config: PretrainConfig, dataset: Dataset) -> PretrainConfig:
     fixed = config.model_copy(
         update={"data": config.data.model_copy(update={"lanes": lanes, "block": block})}
     )
-    make_order(fixed, dataset).lanes_of(0, config.workers)
+    make_order(fixed, dataset).lanes_of(0, config.workers.max)
     return fixed
 
 
@@ -62,19 +70,16 @@ def make_order(config: PretrainConfig, dataset: Dataset) -> Order:
 
 
 def open_run(url: str, config: PretrainConfig, dataset: Dataset) -> tuple[PretrainConfig, Run]:
-    """A run in a new folder, or the next attempt of the one that is there. Writes nothing: `begin_attempt` does.
+    """A run in a new folder, or the next attempt of the one that is there. Writes nothing: `found_run` does.
 
     Returns the config as fixed when the run first started, and the run (rank 0 of 1).
     UserError where the folder belongs to another dataset or config, or is something else.
     """
     store = open_store(url)
     try:
-        known = json.loads(store.read(RUN))
-        run_id, fingerprint, attempt = known["run_id"], known["fingerprint"], known["attempt"]
+        run_id, fingerprint, starts = _read_run(store)
     except FileNotFoundError:
         return _new_run(store, config, dataset)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{store.describe(RUN)} is damaged ({error}): choose another --out") from None
     if fingerprint != dataset.fingerprint:
         raise UserError(
             f"{store.url} was started with another dataset (fingerprint {fingerprint[:12]}, "
@@ -96,23 +101,83 @@ def open_run(url: str, config: PretrainConfig, dataset: Dataset) -> tuple[Pretra
             f"{store.url} was started with another config ({'; '.join(changed)}): "
             "these are fixed for a run, so give the old values, or another --out"
         )
-    make_order(fixed, dataset).lanes_of(0, fixed.workers)
-    return fixed, Run(store, run_id, attempt + 1)
+    make_order(fixed, dataset).lanes_of(0, fixed.workers.max)
+    return fixed, Run(store, run_id, len(starts) + 1)
 
 
 def _new_run(store: Store, config: PretrainConfig, dataset: Dataset) -> tuple[PretrainConfig, Run]:
-    ours = (CONFIG, TEMPORARY)  # a start may have been killed here
+    ours = (CONFIG, TEMPORARY, LEASE, FAILED)  # a start may have been killed here
     if names := [name for name in store.names() if not name.startswith(ours)]:
         raise UserError(f"{store.url} is not empty and not a run ({names[0]}, …): choose another --out")
     return fix_order(config, dataset), Run(store, uuid.uuid4().hex, attempt=1)
 
 
-def begin_attempt(config: PretrainConfig, run: Run, dataset: Dataset) -> None:
-    """Write what `open_run` found into the run's folder: from now on it is this run's."""
+def _read_run(store: Store) -> tuple[str, str, list[int]]:
+    """Run id, dataset fingerprint, and the step at which each attempt began. FileNotFoundError if it is no run."""
+    try:
+        known = json.loads(store.read(RUN))
+        return str(known["run_id"]), str(known["fingerprint"]), [int(start) for start in known["starts"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{store.describe(RUN)} is damaged ({error}): choose another --out") from None
+
+
+def _write_run(run: Run, fingerprint: str, starts: list[int]) -> None:
+    text = json.dumps({"run_id": run.run_id, "fingerprint": fingerprint, "starts": starts})
+    run.store.write(RUN, (text + "\n").encode())
+
+
+def found_run(config: PretrainConfig, run: Run, dataset: Dataset) -> None:
+    """Write what `open_run` found into a new run's folder: from now on it is this run's."""
     if run.attempt == 1:
         run.store.write(CONFIG, dump_config(config).encode())
-    text = json.dumps({"run_id": run.run_id, "fingerprint": dataset.fingerprint, "attempt": run.attempt})
-    run.store.write(RUN, (text + "\n").encode())
+        _write_run(run, dataset.fingerprint, [])
+
+
+def begin_attempt(run: Run, start: int) -> Run:
+    """The next attempt of a run, from step `start` on: older ones are refused from now on. Call it on every rank."""
+    attempt = torch.tensor(0, device=run.device)
+    if run.rank == 0:
+        _, fingerprint, starts = _read_run(run.store)
+        _write_run(run, fingerprint, [*starts, start])
+        attempt += len(starts) + 1
+        run.on_begin(int(attempt), start, run.world_size)
+    if run.world_size > 1:
+        dist.broadcast(attempt, src=0)
+    return replace(run, attempt=int(attempt))
+
+
+def check_newest(run: Run) -> None:
+    """UserError if a newer attempt has begun: this one may write nothing any more."""
+    newest = len(read_starts(run.store))
+    if newest != run.attempt:
+        raise UserError(f"attempt {newest} of {run.store.url} has taken over from attempt {run.attempt}")
+
+
+def read_starts(store: Store) -> list[int]:
+    """The step at which each attempt began, the first attempt's first."""
+    return _read_run(store)[2]
+
+
+def in_history(starts: Sequence[int], attempt: int, step: int) -> bool:
+    """Whether the weights of the newest attempt descend from step `step` (counted from 0) of attempt `attempt`
+    (from 1): no attempt after it began at that step or before (DESIGN.md, promise 3)."""
+    return all(start > step for start in starts[attempt:])
+
+
+def write_failure(run: Run, reason: str) -> None:
+    """Leave word of what stopped the run for good."""
+    text = json.dumps({"attempt": run.attempt, "reason": reason}, indent=1)
+    run.store.write(FAILED, (text + "\n").encode())
+
+
+def forget_failure(store: Store) -> str | None:
+    """What stopped the run for good the last time, if anything did: it has been read, and is to be tried again."""
+    try:
+        reason = str(json.loads(store.read(FAILED))["reason"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    store.remove([FAILED])
+    return reason
 
 
 def read_config(store: Store) -> PretrainConfig:

@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
-from trainer.config import OptimConfig, PretrainConfig, differences, dump_config, load_config, parse_config
+from trainer.config import (
+    OptimConfig,
+    PretrainConfig,
+    WorkersConfig,
+    differences,
+    dump_config,
+    load_config,
+    parse_config,
+)
 from trainer.mae import MAE
 from trainer.optim import adamw, learning_rate
 
@@ -26,7 +34,11 @@ def test_overrides_reach_any_depth() -> None:
         "recipes/pretrain_vit_base.yaml",
         ("optim.blr=1e-3", "model.norm_pix=false", "workers=7"),
     )
-    assert (config.optim.blr, config.model.norm_pix, config.workers, config.epochs) == (1e-3, False, 7, 800)
+    assert (config.optim.blr, config.model.norm_pix, config.epochs) == (1e-3, False, 800)
+    assert config.workers == WorkersConfig(min=7, max=7)
+    assert load_config(
+        PretrainConfig, "recipes/pretrain_vit_base.yaml", ("workers={min: 2, max: 9}",)
+    ).workers == WorkersConfig(min=2, max=9)
 
 
 @pytest.mark.parametrize(
@@ -43,6 +55,9 @@ def test_overrides_reach_any_depth() -> None:
         ("model=big", "model: Input should be a valid dictionary"),
         ("seed.x=1", "seed: Input should be a valid integer"),
         ("workers=true", "workers: a yes or no does not belong here"),
+        ("workers=many", "workers: a number, or {min: 1, max: 8}, not 'many'"),
+        ("workers=0", "workers.min: Input should be greater than or equal to 1, not 0"),
+        ("workers={min: 3, max: 2}", "workers: min 3 is above max 2"),
         ("epochs=3", "optim.warmup_epochs 40 is longer than the run's 3 epochs"),
         ("optim.min_lr=.nan", "optim.min_lr: Input should be a finite number"),
         ("epochs", "an override is key=value"),

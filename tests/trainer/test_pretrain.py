@@ -16,7 +16,7 @@ from trainer.checkpoint import committed_steps
 from trainer.config import PretrainConfig, parse_config
 from trainer.metrics import read_metrics
 from trainer.pretrain import pretrain
-from trainer.run import Run, begin_attempt, open_run
+from trainer.run import Run, found_run, open_run
 
 SMALL: dict[str, Any] = {
     "global_batch": 12,
@@ -39,7 +39,7 @@ def config_of(**changes: Any) -> PretrainConfig:
 def train(dataset: Dataset, out: Path, rank: int = 0, world_size: int = 1, **changes: Any) -> Run:
     config = config_of(**changes)
     config, run = open_run(str(out), config, dataset)
-    begin_attempt(config, run, dataset)
+    found_run(config, run, dataset)
     pretrain(config, dataset, Run(run.store, run.run_id, run.attempt))
     return run
 
@@ -51,6 +51,8 @@ def _worker(rank: int, world_size: int, data: str, out: str, changes: dict[str, 
     dataset = open_dataset(data)
     config = config_of(**changes)
     run = Run(open_store(out), "test", 1, rank, world_size)
+    if rank == 0:
+        found_run(config, run, dataset)
     pretrain(config, dataset, run)
     dist.destroy_process_group()
 
