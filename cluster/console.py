@@ -86,7 +86,8 @@ def summary(row: dict[str, Any]) -> str:
 def sentence(event: dict[str, Any]) -> str:
     """An event in one line."""
     if event["event"] == "failure":
-        return f"{event['cause']}: starting the workers again"
+        ending = "starting the workers again" if event["again"] else "giving up, nothing gets any further"
+        return f"{event['cause']}: {ending}"
     text = f"attempt {event['attempt']}: {event['world_size']} workers from step {event['step']}"
     if "redone" in event:
         text += f", {event['redone']} steps redone, {event['gap_s']:g} s without a step"

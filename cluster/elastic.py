@@ -55,9 +55,9 @@ class StopWhenHopeless(FailurePolicy):
         if not _is_preemption_failure(error):
             self.failures = 1 if start > self.furthest else self.failures + 1
             self.furthest = max(start, self.furthest)
-        hopeless = self.failures >= HOPELESS
-        self.mailbox.tell.remote({"event": "failure", "cause": cause, "failures": self.failures})
-        return FailureDecision.RAISE if hopeless else FailureDecision.RETRY
+        again = self.failures < HOPELESS
+        self.mailbox.tell.remote({"event": "failure", "cause": cause, "again": again})
+        return FailureDecision.RETRY if again else FailureDecision.RAISE
 
 
 def _may_pass(error: TrainingFailedError) -> bool:
@@ -87,7 +87,7 @@ def user_error(error: TrainingFailedError) -> UserError | None:
 
 
 def describe(error: TrainingFailedError) -> str:
-    """A failure in one line. That a worker died is its cause; that others then lost it is not."""
+    """A failure's cause in one line: that a worker died, and not that others then lost it."""
     died, others = [], []
     for rank, failure in getattr(error, "worker_failures", {}).items():
         cause = getattr(failure, "health_check_failure", None) or getattr(failure, "cause", None) or failure

@@ -21,7 +21,7 @@ from ray.train.torch import TorchConfig
 from rich.console import Console
 
 from cluster.console import Mailbox, MailboxHandler, watch
-from cluster.elastic import ElasticTrainer, user_error
+from cluster.elastic import ElasticTrainer, describe, user_error
 from pipeline.decode import available_cores
 from pipeline.errors import UserError
 from pipeline.manifest import Dataset, open_dataset
@@ -177,7 +177,12 @@ def _fit(config: PretrainConfig, data: str, run: Run, console: Console) -> None:
     except ray.train.TrainingFailedError as error:
         if cause := user_error(error):
             raise cause from None
-        raise click.ClickException(f"{error}\nThe same command again goes on from the last commit.") from None
+        cause = describe(error)
+        if not cause.endswith(
+            "died"
+        ):  # then it is our mistake, or one of Ray's, and where it lies is of interest
+            cause = f"{cause}\n{error}"
+        raise click.ClickException(f"{cause}\nThe same command again goes on from the last commit.") from None
     finally:
         run.store.remove(run.store.names(RAY_FOLDER))
         if run.store.is_local:

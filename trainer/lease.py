@@ -55,9 +55,7 @@ class Lease:
     def _wait(self, before: dict[str, Any]) -> None:
         """Until the owner is dead, or gone. UserError if it lives."""
         whose = f"process {before.get('pid')} on {before.get('host')}"
-        self.say(
-            f"{self.store.url} has an owner, {whose}: waiting {EXPIRY_S:g} s to see whether it is alive"
-        )
+        self.say(f"{self.store.url} has an owner, {whose}: waiting {EXPIRY_S:g} s to see whether it is alive")
         deadline = time.monotonic() + EXPIRY_S
         while time.monotonic() < deadline:
             time.sleep(BEAT_S / 4)

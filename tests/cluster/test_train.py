@@ -1,21 +1,27 @@
 """Training on Ray: real workers, killed for real, locally and from a bucket."""
 
 import contextlib
+import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from conftest import build_dataset, maestream, refused
 
+from cluster.elastic import HOPELESS
 from pipeline.manifest import Dataset
 from pipeline.storage import open_store
+from trainer.events import read_events
 from trainer.metrics import read_metrics
+from trainer.run import read_starts
 
 RECIPE = """
 global_batch: 12
@@ -55,60 +61,114 @@ def losses(url: object) -> list[float]:
     return [row["loss"] for row in read_metrics(open_store(str(url)))]
 
 
-def kill_at(step: int, command: tuple[object, ...], out: Path, victims: str) -> None:
-    """Start a run; once its metrics reach `step`, SIGKILL its driver, a worker, or all of these."""
+@contextlib.contextmanager
+def running(command: tuple[object, ...]) -> Iterator[subprocess.Popen[str]]:
+    """A run under way; what is left of it is killed."""
     program = Path(sys.executable).with_name("maestream")
-    process = subprocess.Popen([program, *map(str, command)])
-    deadline = time.monotonic() + 120
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen([program, *map(str, command)], **pipes)  # type: ignore[call-overload]
     try:
-        while time.monotonic() < deadline:
-            assert process.poll() is None, "it ended before it could be killed"
-            if (out / "metrics.jsonl").exists() and len(losses(out)) > step:
-                break
-            time.sleep(0.02)
-        else:
-            pytest.fail(f"no step {step} in two minutes")
+        yield process
     finally:
-        workers = _workers_of(process.pid)
-        chosen = {"driver": [process.pid], "worker": workers[:1], "all": [*workers, process.pid]}
-        for pid in chosen[victims]:
-            os.kill(pid, signal.SIGKILL)
-        assert process.wait(60) == (1 if victims == "worker" else -signal.SIGKILL)
-    while any(Path(f"/proc/{worker}").exists() for worker in workers):  # they follow within seconds
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+        workers = workers_of(process.pid)
+        process.kill()
+        process.communicate()
+        wait_until(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
+
+
+def wait_until(true: Callable[[], object], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"not in {seconds} s"
+        time.sleep(0.02)
+
+
+def wait_for_step(step: int, process: subprocess.Popen[str], out: Path) -> None:
+    """Until the metrics reach `step`."""
+    wait_until(
+        lambda: process.poll() is not None or ((out / "metrics.jsonl").exists() and len(losses(out)) > step)
+    )
+    assert process.poll() is None, "it ended before it could be killed"
+
+
+def kill(*pids: int) -> None:
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_been(
     recipe: Path, scenes: Dataset, whole: Path, tmp_path: Path
 ) -> None:
-    command = words(recipe, scenes.store.url, tmp_path / "run")
-    kill_at(57, command, tmp_path / "run", "all")  # in the middle of an epoch, and between two commits
-    killed_at = len(losses(tmp_path / "run"))
-    assert 57 < killed_at < 200
+    out = tmp_path / "run"
+    command = words(recipe, scenes.store.url, out)
+    with running(command) as process:
+        wait_for_step(57, process, out)  # in the middle of an epoch, and between two commits
+        assert "is being trained by process" in refused(*command)
+        kill(*workers_of(process.pid), process.pid)
+    assert 57 < len(losses(out)) < 200
     done = maestream(*command)
     assert "attempt 2" in done.stdout
-    rows = read_metrics(open_store(str(tmp_path / "run")))
+    rows = read_metrics(open_store(str(out)))
     assert [row["step"] for row in rows] == list(range(200))
     assert rows[0]["attempt"] == 1
     assert rows[-1]["attempt"] == 2
     assert [row["loss"] for row in rows] == losses(whole)  # bit for bit
 
 
+def test_a_killed_worker_is_replaced_and_nothing_has_been(
+    recipe: Path, scenes: Dataset, whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    with running(words(recipe, scenes.store.url, out)) as process:
+        wait_for_step(57, process, out)
+        kill(workers_of(process.pid)[0])
+        printed, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, printed
+    assert [row["loss"] for row in read_metrics(open_store(str(out)))] == losses(whole)
+    first, failure, second = read_events(open_store(str(out)))
+    assert (first["attempt"], first["step"], first["world_size"]) == (1, 0, 2)
+    assert re.fullmatch(r"worker [01] died", failure["cause"])
+    assert (second["attempt"], second["step"]) == (2, 35)
+    assert second["redone"] >= 57 - 35
+    assert f"{failure['cause']}: starting the workers again" in printed
+    assert f"attempt 2: 2 workers from step 35, {second['redone']} steps redone" in printed
+
+
+def test_failures_without_progress_stop_the_run_with_their_cause(
+    recipe: Path, scenes: Dataset, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    with running(words(recipe, scenes.store.url, out, "checkpoint={}")) as process:
+        for attempt in range(1, HOPELESS + 1):
+            wait_until(
+                lambda n=attempt: (out / "run.json").exists() and len(read_starts(open_store(str(out)))) == n
+            )
+            kill(workers_of(process.pid)[0])
+        printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert printed.count("died: starting the workers again") == HOPELESS - 1
+    assert "died: giving up, nothing gets any further" in printed
+    assert "Traceback" not in printed
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("workers", ["workers=1", "workers=2"])
 def test_killed_again_and_again(recipe: Path, scenes: Dataset, tmp_path: Path, workers: str) -> None:
-    """Ten kills at random steps, of the driver and of a worker in turn; the joined run is bit-equal."""
-    rng = random.Random(0)
+    """Ten kills at random steps, of a worker, of the driver and of all in turn; the joined run is bit-equal."""
+    rng, out = random.Random(0), tmp_path / "run"
     longer = (workers, "epochs=600")  # workers that lost their driver train on for a second or two
     maestream(*words(recipe, scenes.store.url, tmp_path / "whole", *longer))
-    command = words(recipe, scenes.store.url, tmp_path / "run", *longer)
-    for kill in range(10):
-        done = len(losses(tmp_path / "run")) if kill else 0
-        kill_at(done + rng.randrange(1, 80), command, tmp_path / "run", ("driver", "worker", "all")[kill % 3])
+    command = words(recipe, scenes.store.url, out, *longer)
+    for round_ in range(5):
+        with running(command) as process:
+            done = len(losses(out)) if round_ else 0
+            wait_for_step(done + rng.randrange(1, 80), process, out)
+            kill(workers_of(process.pid)[0])
+            wait_for_step(len(losses(out)) + rng.randrange(1, 80), process, out)
+            kill(*(workers_of(process.pid) if round_ % 2 else []), process.pid)
     maestream(*command)
-    rows = read_metrics(open_store(str(tmp_path / "run")))
+    rows = read_metrics(open_store(str(out)))
     assert rows[-1]["attempt"] == 11
     assert [row["loss"] for row in rows] == losses(tmp_path / "whole")
 
@@ -139,13 +199,19 @@ def test_what_only_a_person_can_mend_stops_all_ranks_with_exit_code_2(
     shard = sorted((tmp_path / "data").glob("*.tar"))[1]
     shard.unlink()
     command = words(recipe, str(tmp_path / "data"), tmp_path / "run")
-    assert f"{shard.name} is missing" in refused(*command)
+    message = refused(*command)
+    assert f"{shard.name} is missing" in message
+    assert json.loads((tmp_path / "run" / "failed.json").read_text())["reason"] in message
+    assert read_starts(open_store(str(tmp_path / "run"))) == [0]  # it was not tried again
     shutil.copy(Path(scenes.store.root) / shard.name, shard)
     other = build_dataset("synthetic:?count=70&classes=7&seed=9", str(tmp_path / "other"))
     assert "another dataset" in refused(*words(recipe, other.store.url, tmp_path / "run"))
+    done = maestream(*command)
+    assert f"the last time it stopped, because {shard}" in done.stdout
+    assert not (tmp_path / "run" / "failed.json").exists()
 
 
-def _workers_of(driver: int) -> list[int]:
+def workers_of(driver: int) -> list[int]:
     """The processes of a driver's training workers."""
     parents = {}
     for entry in Path("/proc").iterdir():

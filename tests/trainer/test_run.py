@@ -1,0 +1,43 @@
+"""Promise 3: which steps are in a run's history."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.errors import UserError
+from pipeline.storage import open_store
+from trainer.run import RUN, Run, begin_attempt, check_newest, in_history
+
+
+@given(st.data())
+def test_each_step_is_in_the_history_once(data: st.DataObject) -> None:
+    """Attempts begin at any step that the history has reached, and do any number of steps."""
+    starts, trained, reached = [], [], 0
+    for attempt in range(1, data.draw(st.integers(1, 8)) + 1):
+        start = data.draw(st.integers(0, reached))
+        steps = data.draw(st.integers(0, 20))
+        starts.append(start)
+        trained += [(attempt, step) for step in range(start, start + steps)]
+        reached = start + steps
+    history = [step for attempt, step in trained if in_history(starts, attempt, step)]
+    assert sorted(history) == list(range(reached))
+    # of a step that was done again it is the last attempt's
+    last = dict(reversed([(step, attempt) for attempt, step in reversed(trained)]))
+    for attempt, step in trained:
+        if in_history(starts, attempt, step):
+            assert last[step] == attempt
+
+
+def test_an_older_attempt_is_refused(tmp_path: Path) -> None:
+    run = Run(open_store(str(tmp_path)), "a", 0)
+    run.store.write(RUN, json.dumps({"run_id": "a", "fingerprint": "f", "starts": []}).encode())
+    first = begin_attempt(run, 0)
+    check_newest(first)
+    second = begin_attempt(run, 10)
+    assert (first.attempt, second.attempt) == (1, 2)
+    check_newest(second)
+    with pytest.raises(UserError, match=r"attempt 2 of .* has taken over from attempt 1"):
+        check_newest(first)
