@@ -129,6 +129,7 @@ class Fetcher:
                 [sys.executable, "-m", "pipeline.fetching", str(theirs.fileno()), self.job],
                 stdin=subprocess.PIPE,
                 pass_fds=[theirs.fileno()],
+                process_group=0,  # Ctrl-C is the worker's: it would end this one while it still starts, with a traceback
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
             )
         assert self.process.stdin is not None
