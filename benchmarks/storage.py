@@ -28,7 +28,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.report import RESULTS, cpu_model
+from benchmarks.report import RESULTS
+from pipeline.bench import cpu_model
 from pipeline.cache import CHUNK_BYTES
 from pipeline.decode import available_cores, make_decoder
 from pipeline.loader import Loader
