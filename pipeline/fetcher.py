@@ -152,6 +152,8 @@ class Fetcher:
                 [sys.executable, "-m", "pipeline.fetching", str(theirs.fileno()), self.job],
                 stdin=subprocess.PIPE,
                 pass_fds=[theirs.fileno()],
+                # Ctrl-C is the worker's: it would end this one while it still starts, with a traceback.
+                process_group=0,
                 env={
                     **os.environ,
                     **MALLOC,

@@ -4,7 +4,6 @@ import itertools
 import json
 import mmap
 import os
-import signal
 import socket
 import sys
 import tempfile
@@ -214,7 +213,6 @@ def _explain(problem: Exception, where: str) -> str:
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the worker, too, and it decides
     answers = socket.socket(fileno=int(sys.argv[1]))
     job = json.loads(sys.argv[2])
     storage.DEADLINE_S, storage.STALL_S = job.pop("deadline_s"), job.pop("stall_s")  # as its worker has them

@@ -23,7 +23,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -38,6 +38,7 @@ from pipeline.errors import UserError
 from pipeline.manifest import Dataset
 from pipeline.order import Ints, Order
 from pipeline.reader import Reader, Samples, read_samples
+from pipeline.spent import Spent
 
 AHEAD = 2  # batches made ahead of the trainer
 CHANGED = "its bytes changed (crc32c differs from the index)"
@@ -53,6 +54,7 @@ class Batch:
     sample_ids: torch.Tensor  # int64[n]
     weights: torch.Tensor  # float32[n]: 1, or 0 for a bad sample, whose pixels are zeros
     bad: dict[int, str]  # position of a bad sample → why it is bad
+    spent: Spent  # to make it, ahead of the trainer
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,6 @@ class TrainBatch(Batch):
     step: int
     epoch: int
     wait_s: float  # how long the trainer waited for it
-    storage_s: float  # how long it waited for storage itself, ahead of the trainer
 
 
 class Loader:
@@ -97,10 +98,10 @@ class Loader:
         ids = self.order.step_ids(step, self.rank, self.world_size)
         return self._decode(step, read_samples(self.dataset, ids))
 
-    def steps(self, start: int, stop: int) -> Iterator[TrainBatch]:
+    def steps(self, start: int, stop: int) -> Generator[TrainBatch, None, None]:
         """Batches of steps `start` to `stop`, made ahead of time by two threads: one reads, one decodes."""
         upcoming = iter(range(start, stop))
-        waiting: deque[tuple[Future[Samples], Future[Batch]]] = deque()
+        waiting: deque[Future[Batch]] = deque()
         with ExitStack() as stack:
             reading, decoding = (ThreadPoolExecutor(1, name) for name in ("reader", "decoder"))
             stack.callback(decoding.shutdown, cancel_futures=True)
@@ -109,16 +110,12 @@ class Loader:
             for step in range(start, stop):
                 for ahead in itertools.islice(upcoming, AHEAD + 1 - len(waiting)):
                     samples = reading.submit(reader.read, ahead)
-                    made = decoding.submit(lambda s, f: self._decode(s, f.result()), ahead, samples)
-                    waiting.append((samples, made))
+                    waiting.append(decoding.submit(lambda s, f: self._decode(s, f.result()), ahead, samples))
                 begin = time.perf_counter()
-                samples, made = waiting.popleft()
-                batch = made.result()
+                batch = waiting.popleft().result()
                 wait_s = time.perf_counter() - begin
                 epoch = step // self.order.steps_per_epoch
-                yield TrainBatch(
-                    **vars(batch), step=step, epoch=epoch, wait_s=wait_s, storage_s=samples.result().waited_s
-                )
+                yield TrainBatch(**vars(batch), step=step, epoch=epoch, wait_s=wait_s)
 
     def _reader(self, stack: ExitStack, start: int, stop: int) -> Reader:
         kept = None
@@ -169,7 +166,8 @@ def decode_batch(
             reason,
         )
     labels = torch.from_numpy(samples.located.label)
-    return Batch(decoded.images, labels, torch.from_numpy(samples.ids), weights, bad)
+    ids, spent = torch.from_numpy(samples.ids), samples.spent + decoded.spent
+    return Batch(decoded.images, labels, ids, weights, bad, spent)
 
 
 def centred_batch(dataset: Dataset, decoder: Decoder, ids: Ints) -> Batch:

@@ -33,6 +33,7 @@ import numpy.typing as npt
 import torch
 
 from pipeline.errors import UserError
+from pipeline.spent import Spent
 
 Encoded = bytes | memoryview
 DecoderName = Literal["auto", "cpu", "dali"]
@@ -42,6 +43,7 @@ DecoderName = Literal["auto", "cpu", "dali"]
 class Decoded:
     images: torch.Tensor  # uint8[n, 3, size, size], RGB; zeros where an image is bad
     bad: dict[int, str]  # position in the batch → why it does not decode
+    spent: Spent  # on the others
 
 
 class Decoder(Protocol):

@@ -4,6 +4,7 @@ One image that DALI cannot decode makes it give up its whole pipeline for good (
 pipeline is rebuilt then, and the batch is done again without the image that was to blame.
 """
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +14,7 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline
 
 from pipeline.decode import Decoded, Encoded, refused
+from pipeline.spent import Spent
 
 
 @pipeline_def
@@ -48,7 +50,7 @@ class DaliDecoder:
         bad = {i: reason for i, data in enumerate(encoded) if (reason := refused(data))}
         good = np.setdiff1d(np.arange(len(encoded)), list(bad))
         try:
-            done = self._run(encoded, boxes, flips, good)
+            done, spent = self._run(encoded, boxes, flips, good)
         except RuntimeError:
             # Seldom: find the bad ones one by one, then do the good ones.
             for i in good:
@@ -59,12 +61,12 @@ class DaliDecoder:
                         "DALI: " + str(error).partition("encountered:")[2].strip().partition("\n")[0]
                     )
             good = np.setdiff1d(good, list(bad))
-            done = self._run(encoded, boxes, flips, good)
+            done, spent = self._run(encoded, boxes, flips, good)
         if not bad:
-            return Decoded(done, bad)
+            return Decoded(done, bad, spent)
         images = torch.zeros((len(encoded), 3, self.size, self.size), dtype=torch.uint8)
         images[torch.from_numpy(good)] = done
-        return Decoded(images, bad)
+        return Decoded(images, bad, spent)
 
     def _run(
         self,
@@ -72,18 +74,24 @@ class DaliDecoder:
         boxes: npt.NDArray[np.int64],
         flips: npt.NDArray[np.bool_],
         chosen: npt.NDArray[np.int64],
-    ) -> torch.Tensor:
-        """uint8[len(chosen), 3, size, size]. RuntimeError, and no pipeline any more, if one is bad."""
+    ) -> tuple[torch.Tensor, Spent]:
+        """uint8[len(chosen), 3, size, size], and what it took. RuntimeError, and no pipeline any more, if one is bad."""
         if not len(chosen):
-            return torch.zeros((0, 3, self.size, self.size), dtype=torch.uint8)
+            return torch.zeros((0, 3, self.size, self.size), dtype=torch.uint8), Spent()
         graph = self._ready(len(chosen))
         try:
+            begin = time.perf_counter()
             graph.feed_input("encoded", [np.frombuffer(encoded[i], np.uint8) for i in chosen])
             graph.feed_input("anchor", boxes[chosen, :2].astype(np.int32))
             graph.feed_input("shape", boxes[chosen, 2:].astype(np.int32))
             graph.feed_input("flip", flips[chosen].astype(np.int32))
+            fed = time.perf_counter()
             (images,) = graph.run()
-            return torch.from_numpy(np.array(images.as_array()))
+            ran = time.perf_counter()
+            done = torch.from_numpy(np.array(images.as_array()))
+            # One thread feeds and copies; all of them are held as long as the graph runs.
+            decode_s = fed - begin + self.threads * (ran - fed)
+            return done, Spent(decode=decode_s, copy=time.perf_counter() - ran)
         except RuntimeError:
             self.close()
             raise
