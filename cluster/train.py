@@ -175,18 +175,21 @@ def _fit(config: PretrainConfig, data: str, run: Run, console: Console) -> None:
         console.print("interrupted: the same command again goes on from the last commit")
         raise KeyboardInterrupt from None
     except ray.train.TrainingFailedError as error:
-        if cause := user_error(error):
-            raise cause from None
-        cause = describe(error)
-        if not cause.endswith(
-            "died"
-        ):  # then it is our mistake, or one of Ray's, and where it lies is of interest
-            cause = f"{cause}\n{error}"
-        raise click.ClickException(f"{cause}\nThe same command again goes on from the last commit.") from None
+        raise _explained(error) from None
     finally:
         run.store.remove(run.store.names(RAY_FOLDER))
         if run.store.is_local:
             shutil.rmtree(run.store.path(RAY_FOLDER), ignore_errors=True)
+
+
+def _explained(error: ray.train.TrainingFailedError) -> Exception:
+    """What a person is told of what stopped a run."""
+    if mendable := user_error(error):
+        return mendable
+    cause = describe(error)
+    # Unless a worker died it is a mistake of ours, or of Ray: then it is of interest where it lies.
+    details = "" if cause.endswith("died") else f"\n{error}"
+    return click.ClickException(f"{cause}{details}\nThe same command again goes on from the last commit.")
 
 
 def _worker(job: dict[str, Any]) -> None:
