@@ -206,6 +206,7 @@ def _worker(job: dict[str, Any]) -> None:
         attempt=0,  # `pretrain` begins one
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
+        node=ray.get_runtime_context().get_node_id(),
         device=device,
         on_metrics=lambda row: mailbox.put.remote(row),
         on_begin=lambda *begun: mailbox.begin.remote(*begun),

@@ -64,7 +64,7 @@ class Checkpointer:
         waits for the commit before this one."""
         self.wait()
         weights = {name: _copy(tensor) for name, tensor in model.state_dict().items()}
-        moments = {f"{name}/{key}": _copy(tensor) for name, key, tensor in _optimizer_state(model, optimizer)}
+        moments = {name: _copy(tensor) for name, tensor in optimizer_state(model, optimizer).items()}
         self.thread = threading.Thread(target=self._write, args=(step, weights, moments), name="commit")
         self.thread.start()
 
@@ -112,14 +112,23 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def _optimizer_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer
-) -> list[tuple[str, str, torch.Tensor]]:
-    return [
-        (name, key, tensor)
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimizer's tensors as "<parameter>/<state>"."""
+    return {
+        f"{name}/{key}": tensor
         for name, parameter in model.named_parameters()
         for key, tensor in optimizer.state.get(parameter, {}).items()
-    ]
+    }
+
+
+def set_optimizer_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, torch.Tensor]
+) -> None:
+    """What `optimizer_state` gave, into an optimizer of the same model."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in state.items():
+        parameter, _, key = name.rpartition("/")
+        optimizer.state[parameters[parameter]][key] = tensor.to(parameters[parameter].device, copy=True)
 
 
 def load_weights(store: Store, step: int, model: nn.Module) -> None:
@@ -133,11 +142,7 @@ def load_weights(store: Store, step: int, model: nn.Module) -> None:
 
 def load_optimizer(store: Store, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """The optimizer's state of a committed checkpoint, for a model that has its weights."""
-    moments = _load(store, f"{_folder(step)}/optimizer.safetensors")
-    parameters = dict(model.named_parameters())
-    for name, tensor in moments.items():
-        parameter, _, key = name.rpartition("/")
-        optimizer.state[parameters[parameter]][key] = tensor.to(parameters[parameter].device)
+    set_optimizer_state(model, optimizer, _load(store, f"{_folder(step)}/optimizer.safetensors"))
 
 
 def _load(store: Store, name: str) -> dict[str, torch.Tensor]:

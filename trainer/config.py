@@ -122,6 +122,9 @@ class CheckpointConfig(_Config):
     every_minutes: Positive = 10.0
     every_steps: Count | None = None  # besides, at these steps
     keep: Count = 3  # newest commits kept
+    snapshots: str | None = (
+        "/dev/shm"  # a memory-backed folder of each node, see trainer.snapshot; null: none
+    )
 
 
 class WorkersConfig(_Config):
@@ -246,14 +249,20 @@ def dump_config(config: _Config) -> str:
     return yaml.safe_dump(config.model_dump(), sort_keys=False)
 
 
+def fixed_part(config: _Config) -> dict[str, Any]:
+    """All of a config that may not differ when a run is resumed: key → value."""
+    return {
+        key: value
+        for key, value in _flat(config.model_dump()).items()
+        if not any(key == free or key.startswith(free + ".") for free in FREE_ON_RESUME)
+    }
+
+
 def differences(old: _Config, new: _Config) -> list[str]:
     """What differs between two configs besides FREE_ON_RESUME, as "key: old → new"."""
-    a, b = _flat(old.model_dump()), _flat(new.model_dump())
-    free = tuple(FREE_ON_RESUME)
+    a, b = fixed_part(old), fixed_part(new)
     return [
-        f"{key}: {a.get(key)} → {b.get(key)}"
-        for key in dict.fromkeys([*a, *b])
-        if a.get(key) != b.get(key) and not any(key == f or key.startswith(f + ".") for f in free)
+        f"{key}: {a.get(key)} → {b.get(key)}" for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)
     ]
 
 

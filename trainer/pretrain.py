@@ -8,6 +8,7 @@ import math
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,7 @@ from trainer.metrics import Metrics
 from trainer.optim import adamw, learning_rate
 from trainer.reconstruct import draw_grid, evenly_spread, reconstruct
 from trainer.run import Run, begin_attempt, make_order
+from trainer.snapshot import Snapshots, restore
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Pending:
 
 
 def pretrain(config: PretrainConfig, dataset: Dataset, run: Run) -> None:
-    """Train to the end of the config's epochs, from the newest committed checkpoint if there is one.
+    """Train to the end of the config's epochs, from the newest snapshot or committed checkpoint if there is one.
 
     Call it on every rank, with torch.distributed initialised if there is more than one.
     UserError, on all ranks and before anything is written, if the loss is not finite.
@@ -70,6 +72,9 @@ def pretrain(config: PretrainConfig, dataset: Dataset, run: Run) -> None:
         check_state(run.store, start, run, dataset.fingerprint, config)
         load_weights(run.store, start, model)
         load_optimizer(run.store, start, model, optimizer)
+    unsaved: list[dict[str, Any]] = []  # rows of metrics that are in no commit
+    if found := restore(run, config, start, model, optimizer):
+        start, unsaved = found
     run = begin_attempt(run, start)
 
     # ---- data, and where to report
@@ -79,7 +84,11 @@ def pretrain(config: PretrainConfig, dataset: Dataset, run: Run) -> None:
     bad_samples = BadSamples(run, dataset, config.data)
     leads = run.rank == 0
     checkpointer = Checkpointer(run, config, dataset.fingerprint)
+    snapshots = Snapshots(run, config, start)
+    optimizer.register_step_pre_hook(lambda *_: snapshots.before_update())
     metrics = Metrics(run) if leads else None
+    if metrics is not None:
+        metrics.write(unsaved)
 
     sitters = evenly_spread(dataset, decoder, 12) if leads else None  # the same samples in every picture
 
@@ -95,7 +104,8 @@ def pretrain(config: PretrainConfig, dataset: Dataset, run: Run) -> None:
 
     # ---- the loop
     pending: list[Pending] = []
-    looked = committed = time.perf_counter()
+    looked = committed_at = time.perf_counter()
+    committed = 0
     for batch in loader.steps(start, total_steps):
         lr = learning_rate(batch.step, total_steps, order.steps_per_epoch, config.global_batch, config.optim)
         for group in optimizer.param_groups:
@@ -109,7 +119,8 @@ def pretrain(config: PretrainConfig, dataset: Dataset, run: Run) -> None:
             run.on_step(done)
         last = done == total_steps
         due = config.checkpoint.every_steps and done % config.checkpoint.every_steps == 0
-        if not (done % config.log_every == 0 or due or last):
+        hot = snapshots.due(done)
+        if not (done % config.log_every == 0 or due or hot or last):
             continue
 
         # ---- look at the device: every loss since the last look, the same on every rank
@@ -122,38 +133,43 @@ def pretrain(config: PretrainConfig, dataset: Dataset, run: Run) -> None:
                 )
         if any(bad):
             bad_samples.look()
+        now = time.perf_counter()
+        rows = [
+            {
+                "attempt": run.attempt,
+                "step": seen.step,
+                "epoch": seen.epoch,
+                "samples": (seen.step + 1) * config.global_batch,
+                "loss": loss,
+                "lr": seen.lr,
+                "img_per_s": len(pending) * config.global_batch / (now - looked),
+                "data_wait_s": seen.wait_s,
+                "step_s": (now - looked) / len(pending),
+                "bad_samples": bad_count,
+                "world_size": run.world_size,
+            }
+            for seen, loss, bad_count in zip(pending, losses, bad, strict=True)
+        ]
+        pending.clear()
+        unsaved += rows
         if metrics is not None:
-            now = time.perf_counter()
-            rows = [
-                {
-                    "attempt": run.attempt,
-                    "step": seen.step,
-                    "epoch": seen.epoch,
-                    "samples": (seen.step + 1) * config.global_batch,
-                    "loss": loss,
-                    "lr": seen.lr,
-                    "img_per_s": len(pending) * config.global_batch / (now - looked),
-                    "data_wait_s": seen.wait_s,
-                    "step_s": (now - looked) / len(pending),
-                    "bad_samples": bad_count,
-                    "world_size": run.world_size,
-                }
-                for seen, loss, bad_count in zip(pending, losses, bad, strict=True)
-            ]
             metrics.write(rows)
             run.on_metrics({**rows[-1], "total_steps": total_steps})
             # ---- commit
-            overdue = now - committed > config.checkpoint.every_minutes * 60 and not checkpointer.busy
+            overdue = now - committed_at > config.checkpoint.every_minutes * 60 and not checkpointer.busy
             if due or last or overdue:
                 check_finite(done, model)
                 metrics.commit(done)
                 picture(done)
                 checkpointer.save(done, model, optimizer)
-                committed = now
-        pending.clear()
+                committed, committed_at = done, now
+        if hot:
+            snapshots.take(done, model, optimizer, unsaved, committed)
+            unsaved = [row for row in unsaved if row["step"] >= snapshots.committed]
         looked = time.perf_counter()
 
     checkpointer.wait()
+    snapshots.close()
     if metrics is not None:
         metrics.close(total_steps)
     loader.close()

@@ -41,6 +41,7 @@ class Run:
     attempt: int  # 1 for a run's first group of workers, one more for each that comes after
     rank: int = 0
     world_size: int = 1
+    node: str = "local"  # which machine it is on
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     # For the console; rank 0 only.
     on_metrics: Callable[[dict[str, Any]], None] = lambda row: None

@@ -128,10 +128,12 @@ def test_a_killed_worker_is_replaced_and_nothing_has_been(
     first, failure, second = read_events(open_store(str(out)))
     assert (first["attempt"], first["step"], first["world_size"]) == (1, 0, 2)
     assert re.fullmatch(r"worker [01] died", failure["cause"])
-    assert (second["attempt"], second["step"]) == (2, 35)
-    assert second["redone"] >= 57 - 35
+    assert second["attempt"] == 2
+    assert second["step"] > 35  # from a snapshot, where the last commit was after step 35
+    assert second["redone"] <= 10
     assert f"{failure['cause']}: starting the workers again" in printed
-    assert f"attempt 2: 2 workers from step 35, {second['redone']} steps redone" in printed
+    assert f"attempt 2: 2 workers from step {second['step']}, {second['redone']} steps redone" in printed
+    assert not Path("/dev/shm", f"maestream-{json.loads((out / 'run.json').read_text())['run_id']}").exists()
 
 
 def test_failures_without_progress_stop_the_run_with_their_cause(

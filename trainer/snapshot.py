@@ -1,0 +1,285 @@
+"""Hot snapshots: the newest state of a run in the memory of each of its nodes.
+
+Every few steps one worker of each node leaves the state in a memory-backed folder of that node. When workers are
+started again they agree on the newest state that any of their machines still has, and one sends it to the others:
+losing one node of several costs a few steps, and not minutes.
+
+    FOLDER/maestream-<run id>/<node>/state.safetensors     model/…, optimizer/…, as in a checkpoint; in its metadata
+                                                          attempt, step, config digest, checksum, rows of metrics
+
+A node has at most two of these files, one of them being written, and a copy of the state in its writer's memory: a
+ViT-B's state (weights and AdamW's two moments, float32) is 1.3 GB.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from crc32c import crc32c
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from trainer.checkpoint import optimizer_state, set_optimizer_state
+from trainer.config import PretrainConfig, fixed_part
+from trainer.run import Run, in_history, read_starts
+
+STATE, WRITING = "state.safetensors", "writing"
+COST = 0.03  # of the time, that snapshots may take
+FORGOTTEN_S = 3600  # what a killed run left here goes after that
+Rows = list[dict[str, Any]]
+log = logging.getLogger("maestream")
+
+
+def config_digest(config: PretrainConfig) -> str:
+    """Of all that may not differ when a run goes on."""
+    return hashlib.sha256(json.dumps(fixed_part(config), sort_keys=True).encode()).hexdigest()
+
+
+class Snapshots:
+    """The snapshots of one attempt. The same calls on every rank, from step `start` on."""
+
+    def __init__(self, run: Run, config: PretrainConfig, start: int) -> None:
+        self.run, self.digest = run, config_digest(config)
+        self.next = start + 1  # the first comes at once: until then a death costs all since the last commit
+        self.last, self.last_at = start, time.perf_counter()
+        self.committed = 0.0  # steps in rank 0's newest commit
+        self.folder = _folder(config, run) if _writes(run) else None
+        self.host: dict[str, torch.Tensor] = {}  # the copy that is being written
+        self.copied: torch.cuda.Event | None = None
+        self.cost_s = 0.0  # of one, to those who train
+        self.thread: threading.Thread | None = None
+        if self.folder:
+            _clear(self.folder.parent.parent, self.folder.parent)
+
+    def due(self, step: int) -> bool:
+        """Whether one is to be taken after `step` steps: the same on every rank."""
+        return step >= self.next
+
+    def take(
+        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, rows: Rows, committed: int
+    ) -> None:
+        """Leave the state after `step` steps, with rows of metrics that no commit has yet. Waits for the copy where the
+        CPU makes it, and for nothing else; does without where the last one is still being written.
+
+        `committed`: rank 0's newest commit; afterwards every rank knows it.
+        """
+        begin = time.perf_counter()
+        if self.folder and not (self.thread and self.thread.is_alive()):
+            self._copy(model, optimizer)
+            copy_s = time.perf_counter() - begin
+            tags = {
+                "run_id": self.run.run_id,
+                "attempt": self.run.attempt,
+                "step": step,
+                "config": self.digest,
+            }
+            self.thread = threading.Thread(target=self._write, args=(tags, rows, copy_s), name="snapshot")
+            self.thread.start()
+        # Those that write know what it costs, and all have to take the next one after the same step.
+        step_s = (begin - self.last_at) / max(step - self.last, 1)
+        shared = torch.tensor([self.cost_s, step_s, committed], dtype=torch.float64, device=self.run.device)
+        if self.run.world_size > 1:
+            dist.all_reduce(shared, dist.ReduceOp.MAX)
+        cost_s, step_s, self.committed = shared.tolist()
+        self.next = step + max(1, math.ceil(cost_s / (COST * step_s)))
+        self.last, self.last_at = step, begin
+
+    def _copy(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        state = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
+        state |= {f"optimizer/{name}": tensor for name, tensor in optimizer_state(model, optimizer).items()}
+        on_gpu = self.run.device.type == "cuda"
+        for name, tensor in state.items():
+            if name not in self.host:
+                self.host[name] = torch.empty_like(tensor, device="cpu", pin_memory=on_gpu)
+        if not on_gpu:
+            for name, tensor in state.items():
+                self.host[name].copy_(tensor)
+            return
+        stream = torch.cuda.Stream(self.run.device)
+        stream.wait_stream(torch.cuda.current_stream(self.run.device))
+        with torch.cuda.stream(stream):
+            for name, tensor in state.items():
+                self.host[name].copy_(tensor, non_blocking=True)
+            self.copied = stream.record_event()
+
+    def before_update(self) -> None:
+        """To be called before the optimizer's step, which may not change what is still being copied."""
+        if self.copied is not None:
+            torch.cuda.current_stream(self.run.device).wait_event(self.copied)
+
+    def _write(self, tags: dict[str, Any], rows: Rows, copy_s: float) -> None:
+        assert self.folder is not None
+        begin = time.perf_counter()
+        try:
+            if self.copied is not None:
+                self.copied.synchronize()
+            metadata = {name: str(value) for name, value in tags.items()}
+            metadata |= {"crc32c": str(_checksum(self.host)), "rows": json.dumps(rows)}
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file(self.host, self.folder / WRITING, metadata)
+            (self.folder / WRITING).replace(self.folder / STATE)
+            self._clear_older(tags["attempt"])
+        except (OSError, SafetensorError) as error:
+            log.warning("no more snapshots in %s (%s): a death now costs the steps since the last commit",
+                        self.folder, error)  # fmt: skip
+            self._remove()
+            self.folder = None
+        # A GPU goes on meanwhile, a CPU shares its cores with the writing.
+        self.cost_s = copy_s + (time.perf_counter() - begin if self.copied is None else 0)
+
+    def _clear_older(self, attempt: int) -> None:
+        """Remove what older attempts left on this machine under other nodes' names: this one is newer."""
+        assert self.folder is not None
+        for other in self.folder.parent.glob(f"*/{STATE}"):
+            tags = _tags(other)
+            if tags is not None and int(tags["attempt"]) < attempt:
+                shutil.rmtree(other.parent, ignore_errors=True)
+
+    def close(self) -> None:
+        """The run has ended, and needs them no more."""
+        if self.thread is not None:
+            self.thread.join()
+        self._remove()
+
+    def _remove(self) -> None:
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # of other nodes on this machine
+                self.folder.parent.rmdir()
+
+
+def restore(
+    run: Run, config: PretrainConfig, commit: int, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[int, Rows] | None:
+    """The newest snapshot on any of the workers' machines, if it is newer than the commit after `commit` steps.
+
+    Returns its step and its rows of metrics. Then model and optimizer have its state, on every rank.
+    """
+    path, step = _newest(run, config)
+    newest = torch.tensor([step], device=run.device)
+    steps = [torch.empty_like(newest) for _ in range(run.world_size)]
+    if run.world_size > 1:
+        dist.all_gather(steps, newest)
+    else:
+        steps = [newest]
+    best = max(int(s) for s in steps)
+    if best <= commit:
+        return None
+    source = next(rank for rank, s in enumerate(steps) if int(s) == best)
+    state, rows = _load(path) if run.rank == source else ({}, [])
+    if run.world_size > 1:
+        state, rows = _send(state, rows, source, run)
+    model.load_state_dict({n.removeprefix("model/"): t for n, t in state.items() if n.startswith("model/")})
+    moments = {n.removeprefix("optimizer/"): t for n, t in state.items() if n.startswith("optimizer/")}
+    set_optimizer_state(model, optimizer, moments)
+    return best, rows
+
+
+def _newest(run: Run, config: PretrainConfig) -> tuple[Path | None, int]:
+    """The newest whole snapshot on this machine that belongs to the run's history, and its step; -1 if there is none."""
+    if config.checkpoint.snapshots is None:
+        return None, -1
+    best: tuple[Path | None, int] = None, -1
+    starts, digest = read_starts(run.store), config_digest(config)
+    for path in Path(config.checkpoint.snapshots, f"maestream-{run.run_id}").glob(f"*/{STATE}"):
+        tags = _tags(path)
+        if tags is None or tags.get("run_id") != run.run_id or tags.get("config") != digest:
+            continue
+        step, attempt = int(tags["step"]), int(tags["attempt"])
+        # The state after `step` steps has the last of them, step - 1, in it.
+        if step > best[1] and in_history(starts, attempt, step - 1) and _is_whole(path, tags):
+            best = path, step
+    return best
+
+
+def _tags(path: Path) -> dict[str, str] | None:
+    try:
+        with safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except (OSError, SafetensorError):
+        return None
+
+
+def _is_whole(path: Path, tags: dict[str, str]) -> bool:
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError):
+        return False
+    finite = all(bool(tensor.isfinite().all()) for tensor in state.values())
+    return finite and str(_checksum(state)) == tags.get("crc32c")
+
+
+def _checksum(state: dict[str, torch.Tensor]) -> int:
+    checksum = 0
+    for name in sorted(state):
+        checksum = crc32c(memoryview(state[name].reshape(-1).view(torch.uint8).numpy()), checksum)  # type: ignore[arg-type]
+    return checksum
+
+
+def _load(path: Path | None) -> tuple[dict[str, torch.Tensor], Rows]:
+    assert path is not None
+    tags = _tags(path)
+    assert tags is not None
+    return load_file(path), json.loads(tags["rows"])
+
+
+def _send(
+    state: dict[str, torch.Tensor], rows: Rows, source: int, run: Run
+) -> tuple[dict[str, torch.Tensor], Rows]:
+    """What `source` has, to all others."""
+    outline = [(name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in state.items()]
+    text = json.dumps([outline, rows]).encode()
+    length = torch.tensor([len(text)], device=run.device)
+    dist.broadcast(length, source)
+    data = torch.empty(int(length), dtype=torch.uint8, device=run.device)
+    if run.rank == source:
+        data.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+    dist.broadcast(data, source)
+    outline, rows = json.loads(bytes(data.cpu().numpy()))
+    sent = {}
+    for name, dtype, shape in outline:
+        tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=run.device)
+        if run.rank == source:
+            tensor.copy_(state[name])
+        dist.broadcast(tensor, source)
+        sent[name] = tensor
+    return sent, rows
+
+
+def _writes(run: Run) -> bool:
+    """Whether this rank is the first on its node."""
+    if run.world_size == 1:
+        return True
+    node = int.from_bytes(hashlib.sha256(run.node.encode()).digest()[:7], "little")
+    own = torch.tensor([node], device=run.device)
+    nodes = [torch.empty_like(own) for _ in range(run.world_size)]
+    dist.all_gather(nodes, own)
+    return run.rank == [int(n) for n in nodes].index(node)
+
+
+def _folder(config: PretrainConfig, run: Run) -> Path | None:
+    """Where this node's snapshots lie; None where they are not wanted, or there is no such folder."""
+    base = config.checkpoint.snapshots
+    if base is None or not os.access(base, os.W_OK):
+        return None
+    return Path(base, f"maestream-{run.run_id}", run.node)
+
+
+def _clear(base: Path, own: Path) -> None:
+    """Remove what runs left that were killed for good."""
+    for other in base.glob("maestream-*/"):
+        with contextlib.suppress(OSError):
+            states = [path.stat().st_mtime for path in other.glob("*/*")]
+            if other != own and time.time() - max(states, default=0) > FORGOTTEN_S:
+                shutil.rmtree(other, ignore_errors=True)
