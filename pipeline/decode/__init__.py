@@ -24,9 +24,10 @@ Where they differ:
 
 DALI on a GPU: baseline JPEGs go to the GPU's JPEG engines and, like progressive ones, to its other cores, with
 their Huffman codes read by host threads; what nvJPEG does not do (CMYK, arithmetic) and PNGs are decoded on the
-host and copied. Resizing, flips and the result are on the GPU. All this is read in DALI's and nvImageCodec's
-sources; it waits for a GPU to be measured (`python -m benchmarks.gpu`) and tested (tests/gpu), above all what
-nvJPEG makes of damage. Whether its slices are right is asked at every start (`pipeline.decode.check`).
+host and copied. Which of them decodes an image depends on its batch, so its pixels may too, by rounding. Resizing,
+flips and the result are on the GPU. All this is read in DALI's and nvImageCodec's sources; it waits for a GPU to be
+measured (`python -m benchmarks.gpu`) and tested (tests/gpu), above all what nvJPEG makes of damage. Whether its
+slices are right is asked at every start (`pipeline.decode.check`).
 """
 
 import logging
