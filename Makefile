@@ -16,7 +16,7 @@ setup: .venv/.ready
 
 # Torch comes first and with its dependencies, which differ by build (CPU, CUDA); all else is in the lock.
 # Pillow and pillow-simd own the same folder, so nothing may bring the other in: hence --no-deps.
-.venv/.ready: requirements.lock pyproject.toml Makefile
+.venv/.ready: requirements.lock pyproject.toml Makefile $(wildcard pipeline/decode/*.[ch])
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("maestream needs Python 3.11 or newer: make PYTHON=python3.11")'
 	@echo "setting up .venv (a few minutes the first time)"
 	@$(PYTHON) -m venv .venv || { echo "make: no Python venv module (Debian: apt-get install python3-venv)"; exit 1; }

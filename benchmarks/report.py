@@ -2,7 +2,6 @@
 
 import datetime
 import json
-import platform
 import re
 import statistics
 from pathlib import Path
@@ -11,16 +10,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.bench import cpu_model
+
 RESULTS = Path("benchmarks/results")
 OURS = "maestream"
 COLUMNS = ("contestant", "workers", "cores busy", "img/s", "min–max", "ours ÷ it", "min–max", "crops apart")
 DECODER_ALONE = ("our decoder alone, 1 thread", "our decoder alone, all threads")
 YARDSTICK = "ImageFolder + DataLoader, Pillow"
-
-
-def cpu_model() -> str:
-    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return found[1].strip() if found else platform.processor() or "unknown CPU"
 
 
 def each_round(result: dict[str, Any], title: str, what: str) -> list[float]:

@@ -5,20 +5,13 @@ import sys
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
+from cluster.bench import bench
+from cluster.terminal import console, progress_bar, write_file
 from pipeline.errors import UserError
 from pipeline.manifest import open_dataset
 
-console = Console(highlight=False, soft_wrap=True, markup=False)  # file names are not markup
 NO_CHECKSUMS = (
     "only headers were read, so flipped bytes of an image will not be noticed unless it no longer decodes: "
     "`maestream shards index --checksums --overwrite` adds checksums"
@@ -50,11 +43,7 @@ def main() -> None:
         sys.exit(130)
 
 
-def _progress(*columns: Any) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *columns, TimeRemainingColumn(),
-        console=console, transient=True, disable=not console.is_terminal,
-    )  # fmt: skip
+cli.add_command(bench)
 
 
 @cli.group()
@@ -82,7 +71,7 @@ def build(source: str, dest: str, shard_mb: float, seed: int, strict: bool, over
     from pipeline.storage import open_store
 
     opened = open_source(source)
-    with _progress() as progress:
+    with progress_bar() as progress:
         task = progress.add_task("images", total=len(opened.items))
         built = build(
             opened,
@@ -121,7 +110,7 @@ def index(dest: str, to: str | None, checksums: bool, skip_damaged: bool, overwr
 
     store = open_store(dest)
     names = find_shards(store)
-    with _progress() as progress:
+    with progress_bar() as progress:
         task = progress.add_task("shards", total=len(names))
         found = index_shards(
             store,
@@ -181,19 +170,12 @@ def show(dest: str, grid: str | None) -> None:
     if grid:
         from pipeline.contact_sheet import draw_contact_sheet
 
-        _write(grid, draw_contact_sheet(dataset))
+        write_file(grid, draw_contact_sheet(dataset))
         console.print(f"contact sheet → {grid}")
 
 
 def _shorten(names: list[str]) -> str:
     return ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
-
-
-def _write(path: str, data: bytes) -> None:
-    from pipeline.storage import open_store
-
-    folder, _, name = open_store(path).url.rpartition("/")
-    open_store(folder or "/").write(name, data)
 
 
 @shards.command()
@@ -203,7 +185,7 @@ def verify(dest: str) -> None:
     from pipeline.shards import verify
 
     dataset = open_dataset(dest)
-    with _progress() as progress:
+    with progress_bar() as progress:
         task = progress.add_task("shards", total=dataset.manifest.shards)
         problems = verify(dataset, on_shard=lambda: progress.advance(task))
     for problem in problems:
@@ -317,7 +299,7 @@ def reconstruct(run: str, data: str, grid: str, count: int) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch = evenly_spread(dataset, make_decoder("auto", config.model.image_size, 4), count)
     result = reconstruct(model.to(device), batch.images.to(device), batch.sample_ids.to(device), config.seed)
-    _write(grid, draw_grid(result))
+    write_file(grid, draw_grid(result))
     kind, baseline = "patches", "the mean of the visible pixels"
     if config.model.norm_pix:
         kind, baseline = "normalised patches", "each patch's own mean"

@@ -51,14 +51,13 @@ class KeptPart:
         """Where chunk number `chunk` of shard number `shard` is kept."""
         return Path(self.folder, f"{shard:07d}", f"{chunk:06d}")
 
-    def read(self, shard: int, chunk: int, start: int, size: int) -> bytes | None:
-        """`size` bytes from byte `start` of a kept chunk; None where it is not there, or not whole."""
+    def read(self, shard: int, chunk: int, start: int, memory: memoryview) -> bool:
+        """Fill `memory` from byte `start` of a kept chunk; False where it is not there, or not whole."""
         try:
             with self.path(shard, chunk).open("rb", buffering=0) as file:
-                data = os.pread(file.fileno(), size, start)
+                return os.preadv(file.fileno(), [memory], start) == len(memory)
         except OSError:
-            return None
-        return data if len(data) == size else None
+            return False
 
     def write(self, shard: int, chunk: int, data: memoryview) -> None:
         """Keep a chunk. OSError where the disk is full, or the folder may not be written."""

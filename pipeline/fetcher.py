@@ -1,12 +1,12 @@
 """The fetcher: a process beside each worker that reads storage, so that network, TLS and disk never take the
 worker's interpreter lock. It is started with exec, never forked, and ends when its worker does.
 
-A request names byte ranges. The answer is one piece of memory that holds them end to end: an anonymous file
-(memfd_create(2)) that the fetcher fills and the worker maps, so nothing is copied between the two, nothing
-has a name, and nothing is left over whoever dies.
+A request names byte ranges, and the buffer in which they are to lie end to end: an anonymous file
+(memfd_create(2)) that both map, so nothing is copied between the two, nothing has a name, and nothing is
+left over whoever dies. The fetcher makes a buffer when it first hears of it.
 
     its stdin:      requests, a line of JSON each; the end of it is the end of the worker
-    a socket pair:  answers, a header each, with the file's descriptor or an error's text
+    a socket pair:  answers, a header each, with a new file's descriptor or an error's text
 
 This module is the worker's side; `pipeline.fetching` is the process.
 """
@@ -28,10 +28,18 @@ from dataclasses import asdict
 from typing import NamedTuple
 
 from pipeline import storage
+from pipeline.buffers import Buffer, Buffers
 from pipeline.cache import KeptPart
 from pipeline.errors import UserError
 
 RESTARTS = 5  # of a fetcher that dies, without an answer in between
+# glibc gives memory of many megabytes back to the system at once, and the next body of an answer has to get it anew.
+# Up to 32 MB, the most that glibc takes here, and in one pool, the fetcher keeps it (mallopt(3)).
+MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+    "MALLOC_ARENA_MAX": "1",
+}
 MISSING = "is missing: copy or build the dataset again (`maestream shards verify` names all that is wrong)"
 HEADER = struct.Struct(
     "<qqqq"
@@ -55,9 +63,16 @@ class Range(NamedTuple):
 class Answer(NamedTuple):
     request: int
     error: str | None
-    data: memoryview
+    mapping: mmap.mmap | None  # of a file that is new
     storage_bytes: int
     kept_bytes: int
+
+
+class Request(NamedTuple):
+    line: str
+    future: "Future[memoryview]"
+    buffer: Buffer | None  # None: whatever the answer brings
+    size: int  # bytes in the buffer
 
 
 class Fetcher:
@@ -67,9 +82,12 @@ class Fetcher:
         shards_url: where the shards lie.
         indexes_url: where the indexes lie.
         kept: the kept part, if there is one.
+        spare_bytes: memory that waits to be filled again, see `pipeline.buffers`.
     """
 
-    def __init__(self, shards_url: str, indexes_url: str, kept: KeptPart | None = None) -> None:
+    def __init__(
+        self, shards_url: str, indexes_url: str, kept: KeptPart | None = None, spare_bytes: int = 0
+    ) -> None:
         kept_part = asdict(kept) if kept else None
         patience = {"deadline_s": storage.DEADLINE_S, "stall_s": storage.STALL_S}
         self.job = json.dumps(
@@ -78,7 +96,8 @@ class Fetcher:
         self.storage_bytes = 0  # read from storage so far
         self.kept_bytes = 0  # read from the kept part so far
         self.lock = threading.Lock()
-        self.waiting: dict[int, tuple[str, Future[memoryview]]] = {}  # request → its line, its answer
+        self.buffers = Buffers(spare_bytes)
+        self.waiting: dict[int, Request] = {}
         self.requests = 0
         self.closing = False
         _allow_files()
@@ -91,11 +110,16 @@ class Fetcher:
 
         `keep`: chunks that belong to the kept part are read whole, and kept.
         """
-        return self._request({"ranges": ranges, "keep": keep})
+        size = sum(r.size for r in ranges)
+        with self.lock:
+            buffer, given_up = self.buffers.take(size)
+            where = {"buffer": buffer.number, "capacity": buffer.capacity, "given_up": given_up}
+            return self._request({"ranges": ranges, "keep": keep, **where}, buffer, size)
 
     def whole(self, name: str) -> "Future[memoryview]":
         """Begin to read the whole of an index, before all ranges that still wait."""
-        return self._request({"whole": name})
+        with self.lock:
+            return self._request({"whole": name}, None, 0)
 
     def close(self) -> None:
         """End the process. What is under way is cancelled."""
@@ -110,16 +134,15 @@ class Fetcher:
             self.process.wait()
         self.receiver.join()
 
-    def _request(self, request: dict[str, object]) -> "Future[memoryview]":
+    def _request(self, request: dict[str, object], buffer: Buffer | None, size: int) -> "Future[memoryview]":
         future: Future[memoryview] = Future()
-        with self.lock:
-            if self.closing:
-                future.cancel()
-                return future
-            number, self.requests = self.requests, self.requests + 1
-            line = json.dumps({"number": number, **request})
-            self.waiting[number] = line, future
-            self._send(line)
+        if self.closing:
+            future.cancel()
+            return future
+        number, self.requests = self.requests, self.requests + 1
+        line = json.dumps({"number": number, **request})
+        self.waiting[number] = Request(line, future, buffer, size)
+        self._send(line)
         return future
 
     def _start(self) -> None:
@@ -129,7 +152,13 @@ class Fetcher:
                 [sys.executable, "-m", "pipeline.fetching", str(theirs.fileno()), self.job],
                 stdin=subprocess.PIPE,
                 pass_fds=[theirs.fileno()],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+                # Ctrl-C is the worker's: it would end this one while it still starts, with a traceback.
+                process_group=0,
+                env={
+                    **os.environ,
+                    **MALLOC,
+                    "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+                },
             )
         assert self.process.stdin is not None
         self.requests_pipe = self.process.stdin
@@ -154,13 +183,13 @@ class Fetcher:
                 restarts += 1
                 log.warning("the fetcher process has ended (status %d): starting another", status)
                 self._start()
-                for line, _ in self.waiting.values():
-                    self._send(line)
-        for _, future in self.waiting.values():
+                for request in self.waiting.values():
+                    self._send(request.line)
+        for request in self.waiting.values():
             if self.closing:
-                future.cancel()
+                request.future.cancel()
             else:
-                future.set_exception(
+                request.future.set_exception(
                     UserError(
                         f"the fetcher process ends again and again (status {status}): see what it printed, "
                         "and whether the machine has memory left"
@@ -173,15 +202,22 @@ class Fetcher:
         if answer.request == NOTICE:
             log.warning("%s", answer.error)
             return
-        _, future = self.waiting.pop(answer.request)
+        _, future, buffer, size = self.waiting.pop(answer.request)
+        if buffer and answer.mapping is not None:
+            buffer.mapping = answer.mapping
         if answer.error is None:
-            future.set_result(answer.data)
+            if buffer:
+                future.set_result(self.buffers.lend(buffer, size))
+            else:
+                future.set_result(memoryview(answer.mapping or b""))
         else:
+            if buffer:
+                self.buffers.give_back(buffer)
             future.set_exception(UserError(answer.error))
 
 
 def _allow_files() -> None:
-    """Each block that is read ahead is an open file: more than the 1024 that are usual, with many lanes."""
+    """Each buffer is an open file, in both processes: more than the 1024 that are usual, with many lanes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 1 << 16 if hard == resource.RLIM_INFINITY else min(hard, 1 << 16)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -213,9 +249,9 @@ def _receive_answer(answers: socket.socket) -> Answer | None:
         text = answers.recv(length, socket.MSG_WAITALL).decode() if length > 0 else ""
     except ConnectionError:
         return None
-    data = memoryview(b"")
+    mapping = None
     if files:
         if size := os.fstat(files[0]).st_size:
-            data = memoryview(mmap.mmap(files[0], size, prot=mmap.PROT_READ))
+            mapping = mmap.mmap(files[0], size, prot=mmap.PROT_READ)
         os.close(files[0])
-    return Answer(request, None if length < 0 else text, data, storage, kept)
+    return Answer(request, None if length < 0 else text, mapping, storage, kept)

@@ -2,8 +2,8 @@
 
 import itertools
 import json
+import mmap
 import os
-import signal
 import socket
 import sys
 import tempfile
@@ -20,13 +20,12 @@ from pipeline.errors import UserError
 from pipeline.fetcher import MISSING, NOTICE, Range, send_answer
 from pipeline.storage import open_store
 
-# Reads under way at once: they wait, they do not compute. Large ones are few, because this process holds their
-# bytes: LARGE_READS · GET_BYTES, at most twice while a body is put together.
+# Reads under way at once: they wait, they do not compute. Large ones are few, because of an object store this
+# process holds their bytes: LARGE_READS · GET_BYTES, at most twice while a body is put together.
 SMALL_READS, LARGE_READS = 32, 10
 SMALL_BYTES = 1 << 20
-# The most that a large one reads: S3's advice is 8 to 16 MB a request ("Performance guidelines for Amazon S3");
-# of files, as much as malloc gives again and again without asking the system for new memory.
-GET_BYTES, FILE_BYTES = 16 << 20, 1 << 20
+# The most that a large one reads: S3's advice is 8 to 16 MB a request ("Performance guidelines for Amazon S3").
+GET_BYTES, FILE_BYTES = 16 << 20, 4 << 20
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,8 @@ class Reply:
     """An answer that is being put together."""
 
     request: int
-    file: int  # descriptor
+    memory: memoryview
+    file: int | None  # descriptor of the memory, where it is new to the worker
     left: int  # pieces
     lock: threading.Lock = field(default_factory=threading.Lock)
     error: str | None = None
@@ -60,36 +60,45 @@ class Fetching:
         self.store = open_store(shards_url, known=True)
         self.index_store = open_store(indexes_url, known=True)
         self.kept = KeptPart(**kept) if kept else None
+        self.buffers: dict[int, mmap.mmap] = {}
         self.full = False  # the kept part takes no more
         self.sending = threading.Lock()
         self.keeping = threading.Lock()
         self.small = ThreadPoolExecutor(SMALL_READS)
         self.large = ThreadPoolExecutor(LARGE_READS)
 
-    def begin_ranges(self, request: int, ranges: list[Range], keep: bool) -> None:
+    def begin_ranges(
+        self, request: int, ranges: list[Range], keep: bool, buffer: int, capacity: int, given_up: list[int]
+    ) -> None:
+        for number in given_up:
+            self.buffers.pop(number, None)
+        file = None
+        if buffer not in self.buffers:
+            file, self.buffers[buffer] = _anonymous_memory(capacity)
         most = FILE_BYTES if self.store.is_local else GET_BYTES
         cut = [cut_to_pieces(r, most, self.kept) for r in ranges]
-        reply = Reply(request, _anonymous_file(sum(r.size for r in ranges)), sum(map(len, cut)))
+        reply = Reply(request, memoryview(self.buffers[buffer]), file, sum(map(len, cut)))
         place = 0
         for piece in itertools.chain(*cut):
             size = piece.stop - piece.start
             small = size <= SMALL_BYTES and not self.store.is_local
-            (self.small if small else self.large).submit(self._do_piece, piece, place, keep, reply)
+            (self.small if small else self.large).submit(
+                self._do_piece, piece, reply.memory[place : place + size], keep, reply
+            )
             place += size
 
     def begin_whole(self, request: int, name: str) -> None:
         self.small.submit(self._do_whole, request, name)
 
-    def _do_piece(self, piece: Piece, place: int, keep: bool, reply: Reply) -> None:
+    def _do_piece(self, piece: Piece, memory: memoryview, keep: bool, reply: Reply) -> None:
         """Read one piece; whoever does the last one answers."""
         error, storage_bytes, kept_bytes = None, 0, 0
         try:
             if reply.error is None:
-                if kept := self._from_kept(piece) if piece.here else None:
-                    kept_bytes = os.pwrite(reply.file, kept, place)
+                if piece.here and self._from_kept(piece, memory):
+                    kept_bytes = len(memory)
                 else:
-                    data, storage_bytes = self._from_storage(piece, keep)
-                    os.pwrite(reply.file, data, place)
+                    storage_bytes = self._from_storage(piece, memory, keep)
         except Exception as problem:
             error = _explain(problem, self.store.describe(piece.range.name))
         with reply.lock:
@@ -101,26 +110,29 @@ class Fetching:
         if last:
             self._answer(reply)
 
-    def _from_kept(self, piece: Piece) -> bytes | None:
+    def _from_kept(self, piece: Piece, memory: memoryview) -> bool:
         assert self.kept is not None
         chunk, start = divmod(piece.start, self.kept.chunk_bytes)
-        return self.kept.read(piece.range.shard, chunk, start, piece.stop - piece.start)
+        return self.kept.read(piece.range.shard, chunk, start, memory)
 
-    def _from_storage(self, piece: Piece, keep: bool) -> tuple[bytes | memoryview, int]:
-        """A piece, and how many bytes were read: more if its first or last chunk is to be kept."""
+    def _from_storage(self, piece: Piece, memory: memoryview, keep: bool) -> int:
+        """Read a piece. Returns how many bytes were read: more if its first or last chunk is to be kept."""
         r, start, stop = piece.range, piece.start, piece.stop
-        if self.kept is None or self.full or not keep:
-            return self.store.read_range(r.name, start, stop - start), stop - start
-        size = self.kept.chunk_bytes
-        chunks = range(start // size, (stop - 1) // size + 1)
-        wanted = [chunk for chunk in chunks if self.kept.keeps(r.first_chunk + chunk)]
-        if wanted:
-            start = min(start, wanted[0] * size)
-            stop = max(stop, min((wanted[-1] + 1) * size, r.shard_bytes))
+        wanted: list[int] = []
+        if self.kept is not None and not self.full and keep:
+            size = self.kept.chunk_bytes
+            chunks = range(start // size, (stop - 1) // size + 1)
+            wanted = [chunk for chunk in chunks if self.kept.keeps(r.first_chunk + chunk)]
+        if not wanted:
+            self.store.read_into(r.name, start, memory)
+            return stop - start
+        start = min(start, wanted[0] * size)
+        stop = max(stop, min((wanted[-1] + 1) * size, r.shard_bytes))
         data = memoryview(self.store.read_range(r.name, start, stop - start))
+        memory[:] = data[piece.start - start : piece.stop - start]
         for chunk in wanted:
             self._keep(r.shard, chunk, data[chunk * size - start : (chunk + 1) * size - start])
-        return data[piece.start - start : piece.stop - start], stop - start
+        return stop - start
 
     def _keep(self, shard: int, chunk: int, data: memoryview) -> None:
         assert self.kept is not None
@@ -135,20 +147,22 @@ class Fetching:
                 send_answer(self.answers, NOTICE, text, None, 0, 0)
 
     def _do_whole(self, request: int, name: str) -> None:
-        reply = Reply(request, -1, 0)
+        reply = Reply(request, memoryview(b""), None, 0)
         try:
-            data = self.index_store.read(name)
-            reply.file = _anonymous_file(len(data))
-            reply.storage_bytes = os.pwrite(reply.file, data, 0)
+            if data := self.index_store.read(name):
+                reply.file, memory = _anonymous_memory(len(data))
+                memory[:] = data
+                reply.storage_bytes = len(data)
         except Exception as problem:
             reply.error = _explain(problem, self.index_store.describe(name))
         self._answer(reply)
 
     def _answer(self, reply: Reply) -> None:
-        file = reply.file if reply.error is None else None
         with self.sending:
-            send_answer(self.answers, reply.request, reply.error, file, reply.storage_bytes, reply.kept_bytes)
-        if reply.file >= 0:
+            send_answer(
+                self.answers, reply.request, reply.error, reply.file, reply.storage_bytes, reply.kept_bytes
+            )
+        if reply.file is not None:
             os.close(reply.file)
 
 
@@ -178,15 +192,15 @@ def _even(r: Range, begin: int, stop: int, most: int, grain: int) -> Iterator[Pi
             yield Piece(r, a, b, False)
 
 
-def _anonymous_file(size: int) -> int:
-    """A file without a name, in memory where the system can. Returns its descriptor."""
+def _anonymous_memory(size: int) -> tuple[int, mmap.mmap]:
+    """A file without a name, in memory where the system can: its descriptor, and what maps it."""
     if hasattr(os, "memfd_create"):
         file = os.memfd_create("maestream")
     else:
         with tempfile.TemporaryFile() as temporary:
             file = os.dup(temporary.fileno())
     os.ftruncate(file, size)
-    return file
+    return file, mmap.mmap(file, size)
 
 
 def _explain(problem: Exception, where: str) -> str:
@@ -199,18 +213,18 @@ def _explain(problem: Exception, where: str) -> str:
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the worker, too, and it decides
     answers = socket.socket(fileno=int(sys.argv[1]))
     job = json.loads(sys.argv[2])
     storage.DEADLINE_S, storage.STALL_S = job.pop("deadline_s"), job.pop("stall_s")  # as its worker has them
     fetching = Fetching(answers, **job)
     for line in sys.stdin.buffer:
         request = json.loads(line)
+        number = request.pop("number")
         if "whole" in request:
-            fetching.begin_whole(request["number"], request["whole"])
+            fetching.begin_whole(number, request["whole"])
         else:
-            ranges = [Range(*r) for r in request["ranges"]]
-            fetching.begin_ranges(request["number"], ranges, request["keep"])
+            ranges = [Range(*r) for r in request.pop("ranges")]
+            fetching.begin_ranges(number, ranges, **request)
     # The worker has closed, or has died. Half a chunk is not left behind; anything else may be.
     with fetching.keeping:
         os._exit(0)

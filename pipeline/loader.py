@@ -8,6 +8,8 @@ What a worker takes of memory for this, at any size of the dataset (tests/pipeli
     bound_bytes                     encoded samples read ahead, two blocks of each lane
     AHEAD + 2 steps, and a block    encoded samples that were taken and are not decoded, and of each lane the
                                     rest of a block that they lie in
+    a quarter of those two, and     what buffers have beyond what lies in them, and buffers that wait to be
+    an eighth of bound_bytes        filled again
     AHEAD + 2 batches               pixels; where a GPU decodes them they are in its memory, and there too those of
                                     the steps that its stream has not come to
     manifest.INDEX_BYTES            indexes, at most, beside those that are just being read, and 50 bytes a shard
@@ -22,7 +24,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -37,6 +39,7 @@ from pipeline.errors import UserError
 from pipeline.manifest import Dataset
 from pipeline.order import Ints, Order
 from pipeline.reader import Reader, Samples, read_samples
+from pipeline.spent import Spent
 
 AHEAD = 2  # batches made ahead of the trainer
 DECODING = 2  # batches that decode at once: a GPU works on one while the host parses the other
@@ -53,6 +56,7 @@ class Batch:
     sample_ids: torch.Tensor  # int64[n]
     weights: torch.Tensor  # float32[n]: 1, or 0 for a bad sample, whose pixels are zeros
     bad: dict[int, str]  # position of a bad sample → why it is bad
+    spent: Spent  # to make it, ahead of the trainer
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,6 @@ class TrainBatch(Batch):
     step: int
     epoch: int
     wait_s: float  # how long the trainer waited for it
-    storage_s: float  # how long it waited for storage itself, ahead of the trainer
 
 
 class Loader:
@@ -97,10 +100,10 @@ class Loader:
         ids = self.order.step_ids(step, self.rank, self.world_size)
         return _taken(self._decode(step, read_samples(self.dataset, ids)))
 
-    def steps(self, start: int, stop: int) -> Iterator[TrainBatch]:
+    def steps(self, start: int, stop: int) -> Generator[TrainBatch, None, None]:
         """Batches of steps `start` to `stop`, made ahead of time by threads: one reads, DECODING decode."""
         upcoming = iter(range(start, stop))
-        waiting: deque[tuple[Future[Samples], Future[Batch]]] = deque()
+        waiting: deque[Future[Batch]] = deque()
         with ExitStack() as stack:
             reading, decoding = ThreadPoolExecutor(1, "reader"), ThreadPoolExecutor(DECODING, "decoder")
             stack.callback(decoding.shutdown, cancel_futures=True)
@@ -109,16 +112,12 @@ class Loader:
             for step in range(start, stop):
                 for ahead in itertools.islice(upcoming, AHEAD + 1 - len(waiting)):
                     samples = reading.submit(reader.read, ahead)
-                    made = decoding.submit(lambda s, f: self._decode(s, f.result()), ahead, samples)
-                    waiting.append((samples, made))
+                    waiting.append(decoding.submit(lambda s, f: self._decode(s, f.result()), ahead, samples))
                 begin = time.perf_counter()
-                samples, made = waiting.popleft()
-                batch = _taken(made.result())
+                batch = _taken(waiting.popleft().result())
                 wait_s = time.perf_counter() - begin
                 epoch = step // self.order.steps_per_epoch
-                yield TrainBatch(
-                    **vars(batch), step=step, epoch=epoch, wait_s=wait_s, storage_s=samples.result().waited_s
-                )
+                yield TrainBatch(**vars(batch), step=step, epoch=epoch, wait_s=wait_s)
 
     def _reader(self, stack: ExitStack, start: int, stop: int) -> Reader:
         kept = None
@@ -169,7 +168,8 @@ def decode_batch(
             reason,
         )
     labels = torch.from_numpy(samples.located.label)
-    return Batch(decoded.images, labels, torch.from_numpy(samples.ids), weights, bad)
+    ids, spent = torch.from_numpy(samples.ids), samples.spent + decoded.spent
+    return Batch(decoded.images, labels, ids, weights, bad, spent)
 
 
 def centred_batch(dataset: Dataset, decoder: Decoder, ids: Ints) -> Batch:

@@ -19,6 +19,7 @@ from pipeline.errors import UserError
 from pipeline.fetcher import MISSING, Fetcher, Range
 from pipeline.manifest import INDEX_ROW, Dataset, Located, index_name
 from pipeline.order import Ints, Order
+from pipeline.spent import Spent
 
 # A gap that is read with the samples around it, rather than to ask once more; and the same for the holes that
 # the first step leaves in the blocks after it, where an epoch is so long that a batch read twice does not matter.
@@ -33,7 +34,7 @@ class Samples:
     located: Located
     encoded: list[Encoded]
     changed: list[int]  # positions of those whose bytes are not what the index says
-    waited_s: float  # for storage
+    spent: Spent  # on storage and reading; not counted by `read_samples`
 
 
 @dataclass
@@ -79,7 +80,7 @@ class Reader:
         self.rank, self.world_size = rank, world_size
         self.start, self.stop, self.bound_bytes = start, stop, bound_bytes
         self.lanes = order.lanes_of(rank, world_size)
-        self.fetcher = Fetcher(dataset.shard_store.url, dataset.store.url, kept)
+        self.fetcher = Fetcher(dataset.shard_store.url, dataset.store.url, kept, spare_bytes=bound_bytes // 8)
         self.first_chunks = np.zeros_like(dataset.shard_bytes)
         if kept:
             chunks = -(-dataset.shard_bytes // kept.chunk_bytes)
@@ -92,17 +93,19 @@ class Reader:
         self.held_bytes = 0  # of blocks that are asked for and not used up
         self.places: dict[int, tuple[Block, int]] = {}  # epoch · N + sample id → its block, and where in it
         self.indexes: dict[int, Future[memoryview]] = {}  # of shards, under way
+        self.waited_s = 0.0  # for storage, so far
 
     def read(self, step: int) -> Samples:
         """The samples of a step, the one after the last. UserError where storage refuses for good."""
+        begin, waited_s = time.perf_counter(), self.waited_s
         # Nothing else is read before the first step has come: the device waits for it.
         self._ask(step, ahead=step > self.start)
         ids = self.order.step_ids(step, self.rank, self.world_size)
         first = step // self.order.steps_per_epoch * self.order.samples
         taken = [self.places.pop(first + i) for i in ids.tolist()]
-        begin = time.perf_counter()
+        asked = time.perf_counter()
         encoded: list[Encoded] = [block.sample(i) for block, i in taken]
-        waited_s = time.perf_counter() - begin
+        self.waited_s += time.perf_counter() - asked
         located = Located(np.empty(len(ids), np.int64), np.empty(len(ids), INDEX_ROW))
         at = 0
         for _, run in itertools.groupby(taken, lambda block_and_place: id(block_and_place[0])):
@@ -114,7 +117,10 @@ class Reader:
             if not block.left:
                 self.held_bytes -= block.size
         self._ask(step, ahead=True)
-        return Samples(ids, located, encoded, self._check(located, encoded), waited_s)
+        changed = self._check(located, encoded)
+        storage_s = self.waited_s - waited_s
+        spent = Spent(storage=storage_s, read=time.perf_counter() - begin - storage_s)
+        return Samples(ids, located, encoded, changed, spent)
 
     def _ask(self, step: int, ahead: bool) -> None:
         """Ask the fetcher for what `step` needs, and for what comes after as far as the bound allows."""
@@ -178,7 +184,10 @@ class Reader:
 
     def _index(self, shard: int) -> memoryview:
         self._ask_index(shard)  # as a rule it is under way; a picture made meanwhile may have driven it out
-        return self.indexes.pop(shard).result()
+        asked = time.perf_counter()
+        data = self.indexes.pop(shard).result()
+        self.waited_s += time.perf_counter() - asked
+        return data
 
     def _block(self, step: int, located: Located) -> Block:
         """The block of these samples, in the order in which they lie in the shards."""
@@ -249,4 +258,4 @@ def read_samples(dataset: Dataset, ids: Ints) -> Samples:
         encoded: list[Encoded] = list(pool.map(lambda i: _read(dataset, located, i), range(len(ids))))
     expected = located.crc32c.tolist() if dataset.manifest.checksums else []
     changed = [i for i, crc in enumerate(expected) if crc32c(encoded[i]) != crc]
-    return Samples(np.asarray(ids, np.int64), located, encoded, changed, 0.0)
+    return Samples(np.asarray(ids, np.int64), located, encoded, changed, Spent())

@@ -113,19 +113,37 @@ class Store:
 
         def attempt() -> bytes:
             data = self._read_once(name, start, size, left())
-            if len(data) != size:
-                # A cut body is a fault and worth a retry; a file that ends here is not.
-                if start + size > (there := int(self.fs.size(self.path(name)))):
-                    raise UserError(
-                        f"{self.describe(name)} is shorter than its manifest says: it has {there} bytes, byte "
-                        f"{start + size} was asked for. Run `maestream shards verify {self.url}`, then "
-                        "copy or build it again"
-                    )
-                raise ShortReadError(f"{self.describe(name)}: {len(data)} of {size} bytes at {start}")
+            self._check_length(name, start, size, len(data))
             return data
 
         with _explained(self.describe(name)):
             return self._retry(attempt)
+
+    def read_into(self, name: str, start: int, memory: memoryview) -> None:
+        """Fill `memory` from byte `start`. Errors as those of `read_range`."""
+        if not self.is_local:
+            memory[:] = self.read_range(name, start, len(memory))
+            return
+
+        def attempt() -> None:
+            with open(self.path(name), "rb", buffering=0) as file:
+                got = os.preadv(file.fileno(), [memory], start)
+            self._check_length(name, start, len(memory), got)
+
+        with _explained(self.describe(name)):
+            self._retry(attempt)
+
+    def _check_length(self, name: str, start: int, size: int, got: int) -> None:
+        """A cut body is a fault and worth a retry; a file that ends here is not."""
+        if got == size:
+            return
+        if start + size > (there := int(self.fs.size(self.path(name)))):
+            raise UserError(
+                f"{self.describe(name)} is shorter than its manifest says: it has {there} bytes, byte "
+                f"{start + size} was asked for. Run `maestream shards verify {self.url}`, then "
+                "copy or build it again"
+            )
+        raise ShortReadError(f"{self.describe(name)}: {got} of {size} bytes at {start}")
 
     def _clock(self) -> Callable[[], float]:
         """How long one attempt of a read that begins now may take: an answer that trickles in is never silent for

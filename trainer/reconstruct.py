@@ -85,7 +85,8 @@ def evenly_spread(dataset: Dataset, decoder: Decoder, count: int) -> Batch:
         raise UserError(
             f"{dataset.store.url}: none of {len(ids)} samples decodes; run `maestream shards verify`"
         )
-    return Batch(batch.images[good], batch.labels[good], batch.sample_ids[good], batch.weights[good], {})
+    images, labels, sample_ids = batch.images[good], batch.labels[good], batch.sample_ids[good]
+    return Batch(images, labels, sample_ids, batch.weights[good], {}, batch.spent)
 
 
 def draw_grid(result: Reconstruction, columns: int = 2, rows: int = 6) -> bytes:

@@ -41,6 +41,7 @@ import numpy.typing as npt
 import torch
 
 from pipeline.errors import UserError
+from pipeline.spent import Spent
 
 Encoded = bytes | memoryview
 DecoderName = Literal["auto", "cpu", "dali"]
@@ -54,6 +55,7 @@ class Decoded:
     # the allocator on another stream than the caller's: tell it who else uses the memory (Tensor.record_stream).
     images: torch.Tensor
     bad: dict[int, str]  # position in the batch → why it does not decode
+    spent: Spent  # on the others
 
 
 class Decoder(Protocol):

@@ -4,6 +4,7 @@ Where `jpeg_crop` was not built Pillow decodes the JPEGs too: the same pixels, m
 """
 
 import io
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,6 +15,7 @@ from PIL import Image
 
 from pipeline.decode import Decoded, Encoded, refused
 from pipeline.errors import why_undecodable
+from pipeline.spent import Spent
 
 try:
     from pipeline.decode import jpeg_crop
@@ -37,19 +39,22 @@ class CpuDecoder:
         tasks = list(zip(encoded, boxes.tolist(), flips.tolist(), images, strict=True))
         places = iter(range(len(tasks)))
 
-        def work() -> None:
+        def work() -> Spent:
+            decode_s = resize_s = 0.0
             for i in places:  # shared: each thread takes the next one
                 data, (y, x, h, w), flip, out = tasks[i]
                 try:
-                    if jpeg_crop is None or not jpeg_crop.crop(data, y, x, h, w, flip, out.data):
-                        decode_with_pillow(data, (y, x, h, w), flip, out)
+                    seconds = jpeg_crop and jpeg_crop.crop(data, y, x, h, w, flip, out.data)
+                    seconds = seconds or decode_with_pillow(data, (y, x, h, w), flip, out)
+                    decode_s, resize_s = decode_s + seconds[0], resize_s + seconds[1]
                 except Exception as error:  # damaged bytes make Pillow raise nearly anything
                     out[:] = 0
                     bad[i] = why_undecodable(error)
+            return Spent(decode=decode_s, resize=resize_s)
 
-        for working in [self.pool.submit(work) for _ in range(self.threads)]:
-            working.result()
-        return Decoded(torch.from_numpy(images), bad)
+        working = [self.pool.submit(work) for _ in range(self.threads)]
+        spent = sum((thread.result() for thread in working), Spent())
+        return Decoded(torch.from_numpy(images), bad, spent)
 
     def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)
@@ -57,8 +62,11 @@ class CpuDecoder:
 
 def decode_with_pillow(
     data: Encoded, box: tuple[int, int, int, int], flip: bool, out: npt.NDArray[np.uint8]
-) -> None:
-    """The box (y, x, height, width) of an image into `out`, uint8[3, size, size]."""
+) -> tuple[float, float]:
+    """The box (y, x, height, width) of an image into `out`, uint8[3, size, size].
+
+    Returns seconds that went into decoding it, and into resizing it."""
+    begin = time.perf_counter()
     y, x, height, width = box
     if reason := refused(data):
         raise ValueError(reason)
@@ -69,7 +77,10 @@ def decode_with_pillow(
         crop = image.crop((x, y, x + width, y + height))
     if crop.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips it to white
         crop = Image.fromarray((np.asarray(crop) >> 8).astype(np.uint8))
-    crop = crop.convert("RGB").resize(out.shape[1:], Image.Resampling.BICUBIC)
+    crop = crop.convert("RGB")
+    decoded = time.perf_counter()
+    crop = crop.resize(out.shape[1:], Image.Resampling.BICUBIC)
     if flip:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     out[:] = np.asarray(crop).transpose(2, 0, 1)
+    return decoded - begin, time.perf_counter() - decoded

