@@ -16,7 +16,6 @@ median over rounds of each ratio.
 import datetime
 import json
 import os
-import shutil
 import statistics
 import sys
 import tempfile
@@ -28,40 +27,22 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.datasets import build_repeated, make_order
 from benchmarks.report import RESULTS
 from pipeline.bench import cpu_model
-from pipeline.cache import CHUNK_BYTES
 from pipeline.decode import available_cores, make_decoder
 from pipeline.loader import Loader
 from pipeline.manifest import Dataset, open_dataset
-from pipeline.order import Order, default_block, default_lanes
 from pipeline.reader import Reader
-from pipeline.shards import build
-from pipeline.sources import open_source
 from pipeline.storage import open_store
 
-BATCH, ROUNDS, SHARD_BYTES, RANGE_BYTES, AT_ONCE = 64, 4, 100 << 20, 8 << 20, 16
+BATCH, ROUNDS, RANGE_BYTES, AT_ONCE = 64, 4, 8 << 20, 16
 BUCKET = "s3://maestream/bench-storage"
-
-
-def make_order(dataset: Dataset, batch: int) -> Order:
-    lanes = default_lanes(batch)
-    block = default_block(lanes, dataset.mean_sample_bytes, CHUNK_BYTES, 16 * 2**30)  # the recipes' memory_gb
-    return Order(dataset.shard_samples, 0, batch, lanes, block)
 
 
 def make_datasets(images: str | None, samples: int, folder: Path) -> tuple[Dataset, Dataset]:
     """The same shards in a local folder and in the bucket."""
-    source = open_source(images or "synthetic:?count=256")
-    repeated = folder / "images"
-    for i in range(samples):
-        item = source.items[i % len(source.items)]
-        path = repeated / f"{i // len(source.items):04d}" / f"{i % len(source.items):06d}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(item.load())
-    build(open_source(str(repeated)), open_store(str(folder / "shards")), shard_bytes=SHARD_BYTES)
-    shutil.rmtree(repeated)
-    local, remote = open_store(str(folder / "shards")), open_store(BUCKET)
+    local, remote = build_repeated(images, samples, folder).store, open_store(BUCKET)
     remote.remove(remote.names())
     for name in track(sorted(local.names(), key=lambda n: n == "manifest.json"), "copying to S3"):
         remote.fs.put_file(local.path(name), remote.path(name))

@@ -10,7 +10,8 @@ What a worker takes of memory for this, at any size of the dataset (tests/pipeli
                                     rest of a block that they lie in
     a quarter of those two, and     what buffers have beyond what lies in them, and buffers that wait to be
     an eighth of bound_bytes        filled again
-    AHEAD + 2 batches               pixels
+    AHEAD + 2 batches               pixels; where a GPU decodes them they are in its memory, and there too those of
+                                    the steps that its stream has not come to
     manifest.INDEX_BYTES            indexes, at most, beside those that are just being read, and 50 bytes a shard
     300 bytes a sample read ahead   where each of them is
     32 MB                           threads and what a few of them decode; each more takes an image's pixels more
@@ -41,6 +42,7 @@ from pipeline.reader import Reader, Samples, read_samples
 from pipeline.spent import Spent
 
 AHEAD = 2  # batches made ahead of the trainer
+DECODING = 2  # batches that decode at once: a GPU works on one while the host parses the other
 CHANGED = "its bytes changed (crc32c differs from the index)"
 log = logging.getLogger("maestream")
 
@@ -49,7 +51,7 @@ log = logging.getLogger("maestream")
 class Batch:
     """A worker's part of one global batch, n samples."""
 
-    images: torch.Tensor  # uint8[n, 3, size, size], RGB
+    images: torch.Tensor  # uint8[n, 3, size, size], RGB, where the decoder makes them; all else is on the CPU
     labels: torch.Tensor  # int64[n], NO_LABEL where there is none
     sample_ids: torch.Tensor  # int64[n]
     weights: torch.Tensor  # float32[n]: 1, or 0 for a bad sample, whose pixels are zeros
@@ -96,14 +98,14 @@ class Loader:
     def batch(self, step: int) -> Batch:
         """The batch of optimizer step `step`, counted from 0 over all epochs."""
         ids = self.order.step_ids(step, self.rank, self.world_size)
-        return self._decode(step, read_samples(self.dataset, ids))
+        return _taken(self._decode(step, read_samples(self.dataset, ids)))
 
     def steps(self, start: int, stop: int) -> Generator[TrainBatch, None, None]:
-        """Batches of steps `start` to `stop`, made ahead of time by two threads: one reads, one decodes."""
+        """Batches of steps `start` to `stop`, made ahead of time by threads: one reads, DECODING decode."""
         upcoming = iter(range(start, stop))
         waiting: deque[Future[Batch]] = deque()
         with ExitStack() as stack:
-            reading, decoding = (ThreadPoolExecutor(1, name) for name in ("reader", "decoder"))
+            reading, decoding = ThreadPoolExecutor(1, "reader"), ThreadPoolExecutor(DECODING, "decoder")
             stack.callback(decoding.shutdown, cancel_futures=True)
             stack.callback(reading.shutdown, cancel_futures=True)
             reader = stack.enter_context(closing(self._reader(stack, start, stop)))
@@ -112,7 +114,7 @@ class Loader:
                     samples = reading.submit(reader.read, ahead)
                     waiting.append(decoding.submit(lambda s, f: self._decode(s, f.result()), ahead, samples))
                 begin = time.perf_counter()
-                batch = waiting.popleft().result()
+                batch = _taken(waiting.popleft().result())
                 wait_s = time.perf_counter() - begin
                 epoch = step // self.order.steps_per_epoch
                 yield TrainBatch(**vars(batch), step=step, epoch=epoch, wait_s=wait_s)
@@ -150,12 +152,12 @@ def decode_batch(
 
     A sample whose bytes changed or do not decode keeps its place with weight 0, and is named in the log.
     """
-    decoded = decoder(samples.encoded, boxes, flips)
+    changed = set(samples.changed)
+    decoded = decoder([b"" if i in changed else data for i, data in enumerate(samples.encoded)], boxes, flips)
     bad = decoded.bad | dict.fromkeys(samples.changed, CHANGED)
     weights = torch.ones(len(samples.ids))
     for i, reason in bad.items():
         weights[i] = 0
-        decoded.images[i] = 0
         shard = dataset.shard_store.describe(dataset.shard_name(int(samples.located.shard[i])))
         log.warning(
             "bad sample %d, %s at byte %d of %s: %s",
@@ -174,4 +176,16 @@ def centred_batch(dataset: Dataset, decoder: Decoder, ids: Ints) -> Batch:
     """Samples `ids` (int[n]) through their centre crops, unflipped: for pictures and evaluations."""
     samples = read_samples(dataset, ids)
     boxes = centre_crops(samples.located.height, samples.located.width)
-    return decode_batch(dataset, decoder, samples, boxes, np.zeros(len(ids), bool))
+    return _taken(decode_batch(dataset, decoder, samples, boxes, np.zeros(len(ids), bool)))
+
+
+def _taken(batch: Batch) -> Batch:
+    """The same batch, for the caller's CUDA stream.
+
+    A decoder took the memory of its images on a stream of its own (`pipeline.decode.dali`), and torch hands it out
+    there again as soon as nobody holds the tensor. By then the caller's stream, which runs behind its thread,
+    may not have read it: so torch is told to wait for that stream too.
+    """
+    if batch.images.is_cuda:
+        batch.images.record_stream(torch.cuda.current_stream(batch.images.device))
+    return batch

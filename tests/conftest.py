@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 
 from pipeline.manifest import Dataset, open_dataset
-from pipeline.shards import build
-from pipeline.sources import open_source
 from pipeline.storage import open_store
 
 ROOT = Path(__file__).parents[1]
@@ -20,6 +18,9 @@ IMAGENET_SAMPLE = ROOT.parent / "shared/data/imagenet_sample"
 
 
 def build_dataset(source: str, dest: str, shard_bytes: int = 1 << 20, **options: object) -> Dataset:
+    from pipeline.shards import build  # with webdataset, which a machine for tests/gpu need not have
+    from pipeline.sources import open_source
+
     build(open_source(source), open_store(dest), shard_bytes=shard_bytes, **options)  # type: ignore[arg-type]
     return open_dataset(dest)
 

@@ -79,7 +79,7 @@ def pretrain(config: PretrainConfig, dataset: Dataset, run: Run) -> None:
 
     # ---- data, and where to report
     threads = config.data.threads or torch.get_num_threads()  # this worker's share of the cores
-    decoder = make_decoder(config.data.decoder, config.model.image_size, threads)
+    decoder = make_decoder(config.data.decoder, config.model.image_size, threads, run.device)
     loader = Loader(dataset, order, decoder, run.rank, run.world_size, config.data.kept_part)
     bad_samples = BadSamples(run, dataset, config.data)
     leads = run.rank == 0
@@ -209,7 +209,8 @@ def train_step(
         total += loss.detach()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return torch.stack([total, (batch.weights == 0).sum().to(total)])
+    bad = (batch.weights == 0).sum().to(run.device, total.dtype, non_blocking=True)  # waits for nothing
+    return torch.stack([total, bad])
 
 
 def gather(pending: list[Pending], global_batch: int, run: Run) -> tuple[list[float], list[int]]:

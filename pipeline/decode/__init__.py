@@ -21,8 +21,16 @@ Where they differ:
   read is checked against the index's crc32c, so this is about bytes that were bad when indexed.)
 - Wrong bits inside: libjpeg goes on after most of them, in every executor, but DALI's parser refuses some
   damaged headers that libjpeg forgives (about 5 of 1000 JPEGs with random damage).
+
+DALI on a GPU: baseline JPEGs go to the GPU's JPEG engines and, like progressive ones, to its other cores, with
+their Huffman codes read by host threads; what nvJPEG does not do (CMYK, arithmetic) and PNGs are decoded on the
+host and copied. Which of them decodes an image depends on its batch, so its pixels may too, by rounding. Resizing,
+flips and the result are on the GPU. All this is read in DALI's and nvImageCodec's sources; it waits for a GPU to be
+measured (`python -m benchmarks.gpu`) and tested (tests/gpu), above all what nvJPEG makes of damage. Whether its
+slices are right is asked at every start (`pipeline.decode.check`).
 """
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,11 +45,15 @@ from pipeline.spent import Spent
 
 Encoded = bytes | memoryview
 DecoderName = Literal["auto", "cpu", "dali"]
+CPU = torch.device("cpu")
+log = logging.getLogger("maestream")
 
 
 @dataclass(frozen=True)
 class Decoded:
-    images: torch.Tensor  # uint8[n, 3, size, size], RGB; zeros where an image is bad
+    # uint8[n, 3, size, size], RGB; zeros where an image is bad. On a CUDA device it is complete, and was taken from
+    # the allocator on another stream than the caller's: tell it who else uses the memory (Tensor.record_stream).
+    images: torch.Tensor
     bad: dict[int, str]  # position in the batch → why it does not decode
     spent: Spent  # on the others
 
@@ -50,7 +62,8 @@ class Decoder(Protocol):
     def __call__(
         self, encoded: Sequence[Encoded], boxes: npt.NDArray[np.int64], flips: npt.NDArray[np.bool_]
     ) -> Decoded:
-        """Images of a batch, bicubic with antialiasing; EXIF orientation is ignored.
+        """Images of a batch, bicubic with antialiasing; EXIF orientation is ignored. Safe to call from several
+        threads at once.
 
         Args:
             encoded: n encoded images.
@@ -67,22 +80,40 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def make_decoder(name: DecoderName, size: int, threads: int) -> Decoder:
-    """An executor for crops of `size` × `size` pixels with `threads` threads.
+def make_decoder(name: DecoderName, size: int, threads: int, device: torch.device = CPU) -> Decoder:
+    """An executor for crops of `size` × `size` pixels with `threads` threads, for a trainer on `device`.
 
-    `auto` is cpu: on a CPU it is about three times as fast as DALI (224-pixel crops of ImageNet photographs).
+    `auto` is DALI on a CUDA device where it gives the CPU's slices, which takes some seconds to see; else cpu, and
+    a warning if there is a CUDA device. On a CPU that is about three times as fast as DALI (224-pixel crops of
+    ImageNet photographs). UserError where `dali` cannot be had.
     """
-    if name == "dali":
+    on_gpu = device.type == "cuda"
+    if name == "dali" or (name == "auto" and on_gpu):
         try:
             from pipeline.decode.dali import DaliDecoder
-        except ImportError:
-            raise UserError(
-                "data.decoder=dali, but DALI is not installed: it exists for linux x86_64 alone; use cpu"
-            ) from None
-        return DaliDecoder(size, threads)
+        except ImportError as error:
+            problem: str | None = f"DALI does not import ({error}): it exists for linux x86_64 alone"
+        else:
+            problem = _problem_of(device) if on_gpu else None
+            if not problem:
+                return DaliDecoder(size, threads, device if on_gpu else CPU)
+        if name == "dali":
+            raise UserError(f"data.decoder=dali cannot be used here: {problem}; data.decoder=cpu can")
+        log.warning("images are decoded on the CPU: %s", problem)
     from pipeline.decode.cpu import CpuDecoder
 
     return CpuDecoder(size, threads)
+
+
+def _problem_of(gpu: torch.device) -> str | None:
+    """Why DALI is not to be trusted there, and what to do; None if it is."""
+    from pipeline.decode.check import slices_differ_on
+
+    problem = slices_differ_on(gpu)
+    return problem and (
+        f"DALI's slices on {gpu} are not right: {problem}. nvImageCodec 0.9.0 is known for that "
+        "(NVIDIA/nvImageCodec#55): install nvidia-dali-cuda120==2.2.0, which has 0.8"
+    )
 
 
 def refused(encoded: Encoded) -> str | None:

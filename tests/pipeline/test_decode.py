@@ -1,6 +1,7 @@
 """Every executor makes the same crops of the same boxes, and gives up on the same images."""
 
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -82,6 +83,26 @@ def test_bad_images_keep_their_place_and_do_not_spoil_the_others(decoder: Decode
         assert (decoded.images[good] == sound[good]).all()
         assert (decoded.images[[1, 4]] == 0).all()
     assert (decoder(images, boxes, flips).images == sound).all()
+
+
+def test_batches_that_decode_at_once_do_not_feel_each_other(decoder: Decoder) -> None:
+    """One thread's batches have a bad image each, which ends a pipeline of DALI's; the other's have none."""
+    images = [draw_scene(0, i, 0) for i in range(8)]
+    boxes, flips = boxes_of(images)
+    sound = decoder(images, boxes, flips).images
+    damaged = list(images)
+    damaged[5] = images[5][:3000]
+    with ThreadPoolExecutor(2) as pool:
+        batches = [pool.submit(decoder, damaged if i % 2 else images, boxes, flips) for i in range(12)]
+        for i, decoded in enumerate(batch.result() for batch in batches):
+            if i % 2:
+                assert list(decoded.bad) == [5]
+                assert not decoded.images[5].any()
+            else:
+                assert decoded.bad == {}
+            good = [k for k in range(8) if k not in decoded.bad]
+            assert (decoded.images[good] == sound[good]).all()
+    decoder.close()
 
 
 def test_16_bit_png_is_scaled_not_clipped(decoder: Decoder) -> None:

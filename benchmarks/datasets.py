@@ -1,0 +1,34 @@
+"""Datasets for benchmarks, and the order in which a run of the recipes would read them."""
+
+import shutil
+from pathlib import Path
+
+from pipeline.cache import CHUNK_BYTES
+from pipeline.manifest import Dataset, open_dataset
+from pipeline.order import Order, default_block, default_lanes
+
+SHARD_BYTES = 100 << 20
+
+
+def make_order(dataset: Dataset, batch: int) -> Order:
+    lanes = default_lanes(batch)
+    block = default_block(lanes, dataset.mean_sample_bytes, CHUNK_BYTES, 16 * 2**30)  # the recipes' memory_gb
+    return Order(dataset.shard_samples, 0, batch, lanes, block)
+
+
+def build_repeated(images: str | None, samples: int, folder: Path) -> Dataset:
+    """A dataset of so many samples in FOLDER/shards: the images of a folder (none: drawn scenes), with repeats."""
+    from pipeline.shards import build  # with webdataset, which a benchmark of a ready dataset can do without
+    from pipeline.sources import open_source
+    from pipeline.storage import open_store
+
+    source = open_source(images or "synthetic:?count=256")
+    repeated = folder / "images"
+    for i in range(samples):
+        item = source.items[i % len(source.items)]
+        path = repeated / f"{i // len(source.items):04d}" / f"{i % len(source.items):06d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(item.load())
+    build(open_source(str(repeated)), open_store(str(folder / "shards")), shard_bytes=SHARD_BYTES)
+    shutil.rmtree(repeated)
+    return open_dataset(str(folder / "shards"))
