@@ -1,7 +1,7 @@
 """A Ray cluster on this machine of real `ray start --block` processes, whose parts can be killed one by one.
 
 A head without CPUs, and nodes of one CPU each. Whatever dies in whichever way, leaving the context leaves no process
-behind: orphans become children of this process (prctl(2), PR_SET_CHILD_SUBREAPER), and all that descends from it goes.
+behind: orphans become children of this process (prctl(2), PR_SET_CHILD_SUBREAPER), and all that has come below it goes.
 """
 
 import contextlib
@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PR_SET_CHILD_SUBREAPER = 36
@@ -134,20 +133,25 @@ class Raylets:
     def __enter__(self) -> "Raylets":
         if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
             raise OSError(ctypes.get_errno(), "prctl")
+        self.before = set(descendants(os.getpid()))
         self.folder = tempfile.mkdtemp(prefix="el-", dir="/tmp")  # a socket's path is 107 bytes at most
         self.logs.mkdir(parents=True, exist_ok=True)
         try:
-            settings = ["--head", f"--port={self.port}", f"--temp-dir={self.folder}", "--num-cpus=0"]
-            self._finish(self._start(settings, self.head_settings))
+            settings = ["--head", f"--port={self.port}", f"--temp-dir={self.folder}", "--num-cpus=0",
+                        "--include-dashboard=false"]  # fmt: skip
+            self._start(settings, self.head_settings)
         except BaseException:
             self.__exit__()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        while left := descendants(os.getpid()):
+        while left := set(descendants(os.getpid())) - self.before:
             kill(*left)
             time.sleep(0.05)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG) != (0, 0):
+                pass
         shutil.rmtree(self.folder, ignore_errors=True)
 
     @property
@@ -159,29 +163,23 @@ class Raylets:
         mine = {"PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
         return {**os.environ, **mine, "RAY_ADDRESS": self.address}
 
-    def add(self, count: int = 1) -> list[Node]:
-        """Start so many nodes more, and wait until they are up."""
-        started = [self._start([f"--address={self.address}", "--num-cpus=1"]) for _ in range(count)]
-        new = [self._finish(start) for start in started]
-        self.nodes += new
-        return new
+    def add(self, count: int = 1) -> None:
+        """Start so many nodes more, and wait until they are up: one after another, or they take each other's sockets."""
+        for _ in range(count):
+            self.nodes.append(self._start([f"--address={self.address}", "--num-cpus=1"]))
 
-    def _start(self, settings: list[str], more: dict[str, str] | None = None) -> tuple[Any, Path]:
+    def _start(self, settings: list[str], more: dict[str, str] | None = None) -> Node:
         environment = self.environment() | (more or {})
         del environment["RAY_ADDRESS"]
         log = self.logs / f"node-{self.started}.log"
         self.started += 1
-        own = ["--block", "--include-dashboard=false", "--min-worker-port=0", "--max-worker-port=0"]
+        own = ["--block", "--min-worker-port=0", "--max-worker-port=0"]
         command = [RAY, "start", *settings, *own, f"--object-store-memory={OBJECT_STORE_BYTES}"]
         with log.open("wb") as file:
             starter = subprocess.Popen(
                 command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=environment,
                 start_new_session=True,
             )  # fmt: skip
-        return starter, log
-
-    def _finish(self, start: tuple[Any, Path]) -> Node:
-        starter, log = start
         wait_until(
             lambda: starter.poll() is not None or "Ray runtime started" in log.read_text(),
             UP_S,
