@@ -29,6 +29,7 @@ epochs: 40            # of 5 steps
 log_every: 5
 workers: 2
 precision: float32
+micro_batch: 1        # for steps of some 30 ms: snapshots are as far apart as they cost time
 checkpoint: {every_steps: 35}
 model: {image_size: 32, patch_size: 8, width: 24, depth: 2, heads: 3,
         decoder_width: 16, decoder_depth: 1, decoder_heads: 2}
