@@ -244,4 +244,6 @@ def describe(error: TrainingFailedError) -> str:
 
 
 def _last_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    # Those that are left learn of a death by their connection to the dead, often before Ray does.
+    return "lost its connection to another" if "gloo" in line or "NCCL" in line else line

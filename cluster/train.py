@@ -24,6 +24,7 @@ from ray.train.torch import TorchConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
+from cluster import notice
 from cluster.console import Mailbox, MailboxHandler, watch
 from cluster.elastic import ElasticTrainer, Left, describe, has_left, user_error, wish_of_this_worker
 from pipeline.decode import available_cores
@@ -227,6 +228,9 @@ def _worker(job: dict[str, Any]) -> None:
     context, mailbox = ray.train.get_context(), job["mailbox"]
     log = logging.getLogger("maestream")
     log.addHandler(MailboxHandler(mailbox))
+    node = ray.get_runtime_context().get_node_id()
+    if context.get_local_rank() == 0:
+        notice.watch(node, log.warning)
     device = ray.train.torch.get_device()
     # Ray allows one thread; the machine's cores are shared among its workers.
     torch.set_num_threads(max(1, available_cores() // context.get_local_world_size()))
@@ -236,7 +240,7 @@ def _worker(job: dict[str, Any]) -> None:
         attempt=0,  # `pretrain` begins one
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
-        node=ray.get_runtime_context().get_node_id(),
+        node=node,
         device=device,
         ledger=job["ledger"],
         wish=wish_of_this_worker,
