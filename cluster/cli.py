@@ -259,15 +259,16 @@ def _steps(text: str | None, steps_per_epoch: int) -> range:
 )
 @click.option("--data", required=True, help="The dataset.")
 @click.option("--out", required=True, help="The run folder; the same command again resumes.")
+@click.option("--ledger", is_flag=True, help="Metrics name the samples of each step.")
 @click.argument("overrides", nargs=-1, metavar="[key=value]...")
-def pretrain(recipe: str, data: str, out: str, overrides: tuple[str, ...]) -> None:
+def pretrain(recipe: str, data: str, out: str, ledger: bool, overrides: tuple[str, ...]) -> None:
     """Pre-train an MAE, or resume it."""
     from trainer.config import PretrainConfig, load_config
 
     config = load_config(PretrainConfig, recipe, overrides)
     from cluster.train import train
 
-    train(config, data, out, console)
+    train(config, data, out, console, ledger)
     console.print(f"done: {out}")
 
 

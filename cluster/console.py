@@ -27,6 +27,7 @@ class Mailbox:
         self.attempt: dict[str, Any] | None = None  # has begun, and done no step yet
         self.began = -1  # the step at which the newest attempt began
         self.reached, self.reached_at = 0, 0.0  # steps that the newest attempt has done, and when it had
+        self.stopping = False
 
     def put(self, row: dict[str, Any]) -> None:
         self.row = row
@@ -52,6 +53,13 @@ class Mailbox:
             self.tell(self.attempt)
             self.attempt = None
         self.reached, self.reached_at = steps, now
+
+    def stop(self) -> None:
+        """The run is to stop."""
+        self.stopping = True
+
+    def is_stopping(self) -> bool:
+        return self.stopping
 
     def start(self) -> int:
         """The step at which the newest attempt began, -1 if none has."""
@@ -88,6 +96,10 @@ def sentence(event: dict[str, Any]) -> str:
     if event["event"] == "failure":
         ending = "starting the workers again" if event["again"] else "giving up, nothing gets any further"
         return f"{event['cause']}: {ending}"
+    if event["event"] == "leaving":
+        return f"{event['cause']}: the workers save their work, and leave"
+    if event["event"] == "waiting":
+        return f"{event['cause']} workers: waiting for more"
     text = f"attempt {event['attempt']}: {event['world_size']} workers from step {event['step']}"
     if "redone" in event:
         text += f", {event['redone']} steps redone, {event['gap_s']:g} s without a step"

@@ -9,6 +9,9 @@ import os
 import shutil
 import signal
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,10 +21,12 @@ import ray.train
 import torch
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.train.torch import TorchConfig
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
+from cluster import notice
 from cluster.console import Mailbox, MailboxHandler, watch
-from cluster.elastic import ElasticTrainer, describe, user_error
+from cluster.elastic import ElasticTrainer, Left, describe, has_left, user_error, wish_of_this_worker
 from pipeline.decode import available_cores
 from pipeline.errors import UserError
 from pipeline.manifest import Dataset, open_dataset
@@ -43,8 +48,8 @@ TUNING = {
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "10",
     # workers start in seconds, or their node is gone and Ray does not know yet
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
-    # a node's notice may be all of 30 s
-    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+    # a node's notice is acted upon by our scaling policy
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 for name, value in TUNING.items():
     os.environ.setdefault(name, value)
@@ -52,18 +57,20 @@ for name, value in TUNING.items():
 WORKER_ENVIRONMENT = {"TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3"}
 
 
-def train(config: PretrainConfig, data: str, out: str, console: Console) -> None:
+def train(config: PretrainConfig, data: str, out: str, console: Console, ledger: bool = False) -> None:
     """Pre-train on Ray: on the cluster of RAY_ADDRESS, or else on a Ray embedded in this process.
 
-    UserError for what only a person can mend, wherever it happened.
+    With `ledger` the metrics name the samples of each step. UserError for what only a person can mend, wherever it
+    happened. KeyboardInterrupt if the run was told to stop, by SIGINT or SIGTERM: then its work is saved.
     """
     dataset = open_dataset(data)
     config, run = open_run(out, config, dataset)  # what has to be refused is, before anything is written
-    # Ray ends the workers in order when its driver is interrupted.
+    # A lease that is lost interrupts this process.
     with Lease(run.store, console.print, lambda: os.kill(os.getpid(), signal.SIGINT)) as lease:
         config, run = open_run(out, config, dataset)  # another owner may have been at it until now
+        run = replace(run, ledger=ledger)
         try:
-            _train(config, dataset, run, console)
+            _train(config, dataset, run, lease, console)
         except UserError as error:
             write_failure(run, str(error))
             raise
@@ -75,7 +82,7 @@ def train(config: PretrainConfig, data: str, out: str, console: Console) -> None
             raise
 
 
-def _train(config: PretrainConfig, dataset: Dataset, run: Run, console: Console) -> None:
+def _train(config: PretrainConfig, dataset: Dataset, run: Run, lease: Lease, console: Console) -> None:
     order = make_order(config, dataset)
     order_note = f"global batch {config.global_batch}, {config.data.lanes} lanes, block {config.data.block}"
     console.print(
@@ -93,7 +100,7 @@ def _train(config: PretrainConfig, dataset: Dataset, run: Run, console: Console)
     try:
         _start_ray(config.workers)
         found_run(config, run, dataset)
-        _fit(config, dataset.store.url, run, console)
+        _fit(config, dataset.store.url, run, lease, console)
     finally:
         ray.shutdown()
 
@@ -142,9 +149,10 @@ def _check_reachable(address: str) -> None:
             raise UserError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({error})") from None
 
 
-def _fit(config: PretrainConfig, data: str, run: Run, console: Console) -> None:
+def _fit(config: PretrainConfig, data: str, run: Run, lease: Lease, console: Console) -> None:
     gpus = ray.cluster_resources().get("GPU", 0) > 0
-    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    mailbox = ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()
     workers = config.workers
     trainer = ElasticTrainer(
         _worker,
@@ -154,6 +162,7 @@ def _fit(config: PretrainConfig, data: str, run: Run, console: Console) -> None:
             "data": data,
             "out": run.store.url,
             "run_id": run.run_id,
+            "ledger": run.ledger,
             "mailbox": mailbox,
         },
         scaling_config=ray.train.ScalingConfig(
@@ -169,17 +178,39 @@ def _fit(config: PretrainConfig, data: str, run: Run, console: Console) -> None:
         ),
     )
     try:
-        with watch(mailbox, console, Events(run).keep):
+        with watch(mailbox, console, Events(run).keep), _asked_to_stop(mailbox, lease, console):
             trainer.fit()
-    except SystemExit:  # Ray's answer to Ctrl-C
-        console.print("interrupted: the same command again goes on from the last commit")
-        raise KeyboardInterrupt from None
     except ray.train.TrainingFailedError as error:
+        if has_left(error):
+            console.print("stopped, and all work is saved: the same command again goes on from here")
+            raise KeyboardInterrupt from None
         raise _explained(error) from None
     finally:
         run.store.remove(run.store.names(RAY_FOLDER))
         if run.store.is_local:
             shutil.rmtree(run.store.path(RAY_FOLDER), ignore_errors=True)
+
+
+@contextmanager
+def _asked_to_stop(mailbox: Any, lease: Lease, console: Console) -> Iterator[None]:
+    """SIGINT (Ctrl-C) and SIGTERM (`ray job stop`) let the workers save their work and leave; a second one ends all at
+    once. Ray has handlers of its own, so these come after `ray.init`."""
+    asked = False
+
+    def ask(*_: object) -> None:
+        nonlocal asked
+        if asked or lease.lost:
+            raise KeyboardInterrupt
+        asked = True
+        mailbox.stop.remote()
+        console.print("asked to stop: the workers save their work first (again: at once)")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _explained(error: ray.train.TrainingFailedError) -> Exception:
@@ -197,6 +228,9 @@ def _worker(job: dict[str, Any]) -> None:
     context, mailbox = ray.train.get_context(), job["mailbox"]
     log = logging.getLogger("maestream")
     log.addHandler(MailboxHandler(mailbox))
+    node = ray.get_runtime_context().get_node_id()
+    if context.get_local_rank() == 0:
+        notice.watch(node, log.warning)
     device = ray.train.torch.get_device()
     # Ray allows one thread; the machine's cores are shared among its workers.
     torch.set_num_threads(max(1, available_cores() // context.get_local_world_size()))
@@ -206,10 +240,14 @@ def _worker(job: dict[str, Any]) -> None:
         attempt=0,  # `pretrain` begins one
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
-        node=ray.get_runtime_context().get_node_id(),
+        node=node,
         device=device,
+        ledger=job["ledger"],
+        wish=wish_of_this_worker,
         on_metrics=lambda row: mailbox.put.remote(row),
         on_begin=lambda *begun: mailbox.begin.remote(*begun),
         on_step=lambda steps: mailbox.reach.remote(steps),
     )
-    pretrain(PretrainConfig.model_validate(job["config"]), open_dataset(job["data"], known=True), run)
+    dataset = open_dataset(job["data"], known=True)
+    if not pretrain(PretrainConfig.model_validate(job["config"]), dataset, run):
+        raise Left

@@ -19,7 +19,7 @@ from torch import nn
 from pipeline.errors import UserError
 from pipeline.storage import Store
 from trainer.config import PretrainConfig, differences, parse_config
-from trainer.run import Run, check_newest
+from trainer.run import Run, check_newest, in_history, read_starts
 
 FOLDER = "checkpoints"
 MARKER = "COMMITTED"
@@ -34,6 +34,42 @@ def committed_steps(store: Store) -> list[int]:
     """Steps of the committed checkpoints, oldest first."""
     found = (re.fullmatch(rf"{FOLDER}/step-(\d+)/{MARKER}", name) for name in store.names(FOLDER))
     return sorted(int(match[1]) for match in found if match)
+
+
+def newest_commit(store: Store) -> int:
+    """The newest step that the run goes on from, 0 if there is none. Commits of attempts that others took over from
+    before they ended are no part of the history, and removed."""
+    starts = read_starts(store)
+    for step in reversed(committed_steps(store)):
+        try:
+            attempt = int(json.loads(store.read(f"{_folder(step)}/state.json"))["attempt"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return step  # damaged: it is said when it is loaded
+        # The state after `step` steps has the last of them, step - 1, in it.
+        if in_history(starts, attempt, step - 1):
+            return step
+        _remove(store, [_folder(step)])
+    return 0
+
+
+def _remove(store: Store, folders: list[str]) -> None:
+    """Remove checkpoints, un-committed first."""
+    gone = [name for folder in folders for name in store.names(folder)]
+    store.remove(sorted(gone, key=lambda name: not name.endswith(MARKER)))
+
+
+def kept_steps(steps: list[int], newest: int, every: int | None) -> set[int]:
+    """Of commits at these steps the newest, and the first in each `every` steps, counted from the run's start.
+
+    What this removes makes no difference to what it says of the others, now or later.
+    """
+    kept = set(steps[-newest:])
+    before = 0
+    for step in steps:
+        if every and step // every > before:
+            kept.add(step)
+            before = step // every
+    return kept
 
 
 def check_finite(step: int, model: nn.Module) -> None:
@@ -78,7 +114,7 @@ class Checkpointer:
     def _write(self, step: int, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor]) -> None:
         try:
             store, folder = self.run.store, _folder(step)
-            store.remove(store.names(folder))  # of an attempt that died here
+            _remove(store, [folder])  # of an attempt that died here
             for name, tensors in (("model", weights), ("optimizer", moments)):
                 with store.staging(f"{folder}/{name}.safetensors") as path:
                     save_file(tensors, path)
@@ -97,15 +133,11 @@ class Checkpointer:
             self.failure = error
 
     def _prune(self) -> None:
-        """Remove all steps but the newest commits: older ones, and what a kill left of unfinished ones."""
-        store = self.run.store
-        kept = {_folder(step) for step in committed_steps(store)[-self.config.checkpoint.keep :]}
-        gone = [
-            name
-            for name in store.names(FOLDER)
-            if (match := re.match(rf"{FOLDER}/step-\d+(?=/)", name)) and match[0] not in kept
-        ]
-        store.remove(sorted(gone, key=lambda name: not name.endswith(MARKER)))  # un-committed first
+        """Remove all steps but those to be kept: older ones, and what a kill left of unfinished ones."""
+        store, rule = self.run.store, self.config.checkpoint
+        kept = {_folder(step) for step in kept_steps(committed_steps(store), rule.keep, rule.keep_every)}
+        folders = {name.rpartition("/")[0] for name in store.names(FOLDER)}
+        _remove(store, [f for f in folders if re.fullmatch(rf"{FOLDER}/step-\d+", f) and f not in kept])
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:

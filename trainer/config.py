@@ -122,6 +122,7 @@ class CheckpointConfig(_Config):
     every_minutes: Positive = 10.0
     every_steps: Count | None = None  # besides, at these steps
     keep: Count = 3  # newest commits kept
+    keep_every: Count | None = None  # besides, for good, the first commit of each so many steps
     snapshots: str | None = (
         "/dev/shm"  # a memory-backed folder of each node, see trainer.snapshot; null: none
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,9 +25,9 @@ from trainer.checkpoint import (
     Checkpointer,
     check_finite,
     check_state,
-    committed_steps,
     load_optimizer,
     load_weights,
+    newest_commit,
 )
 from trainer.config import PretrainConfig
 from trainer.mae import MAE
@@ -36,6 +37,7 @@ from trainer.optim import adamw, learning_rate
 from trainer.reconstruct import draw_grid, evenly_spread, reconstruct
 from trainer.run import Run, begin_attempt, make_order
 from trainer.snapshot import Snapshots, restore
+from trainer.vote import Vote, Wish
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,15 @@ class Pending:
     epoch: int
     lr: float
     wait_s: float
+    sample_ids: torch.Tensor  # int64[n], of this worker
     sums: torch.Tensor  # see `train_step`
 
 
-def pretrain(config: PretrainConfig, dataset: Dataset, run: Run) -> None:
+def pretrain(config: PretrainConfig, dataset: Dataset, run: Run) -> bool:
     """Train to the end of the config's epochs, from the newest snapshot or committed checkpoint if there is one.
 
-    Call it on every rank, with torch.distributed initialised if there is more than one.
+    Call it on every rank, with torch.distributed initialised if there is more than one. Returns whether it came to the
+    end: it leaves early, with all of its work saved, if any rank is told to (`Run.wish`).
     UserError, on all ranks and before anything is written, if the loss is not finite.
     """
     # ---- model and optimizer
@@ -85,6 +89,7 @@ def pretrain(config: PretrainConfig, dataset: Dataset, run: Run) -> None:
     leads = run.rank == 0
     checkpointer = Checkpointer(run, config, dataset.fingerprint)
     snapshots = Snapshots(run, config, start)
+    vote = Vote(run.world_size)
     optimizer.register_step_pre_hook(lambda *_: snapshots.before_update())
     metrics = Metrics(run) if leads else None
     if metrics is not None:
@@ -99,11 +104,18 @@ def pretrain(config: PretrainConfig, dataset: Dataset, run: Run) -> None:
         )
         run.store.write(f"pictures/step-{step:08d}.png", draw_grid(result))
 
+    def commit(step: int) -> None:
+        assert metrics is not None
+        check_finite(step, model)
+        metrics.commit(step)
+        checkpointer.save(step, model, optimizer)
+
     if leads and start == 0:
         picture(0)
 
     # ---- the loop
     pending: list[Pending] = []
+    done, last = start, start == total_steps
     looked = committed_at = time.perf_counter()
     committed = 0
     for batch in loader.steps(start, total_steps):
@@ -112,7 +124,7 @@ def pretrain(config: PretrainConfig, dataset: Dataset, run: Run) -> None:
             group["lr"] = lr
         bad_samples.see(batch)
         sums = train_step(trained, optimizer, batch, config, run)
-        pending.append(Pending(batch.step, batch.epoch, lr, batch.wait_s, sums))
+        pending.append(Pending(batch.step, batch.epoch, lr, batch.wait_s, batch.sample_ids, sums))
 
         done = batch.step + 1
         if leads:
@@ -120,7 +132,8 @@ def pretrain(config: PretrainConfig, dataset: Dataset, run: Run) -> None:
         last = done == total_steps
         due = config.checkpoint.every_steps and done % config.checkpoint.every_steps == 0
         hot = snapshots.due(done)
-        if not (done % config.log_every == 0 or due or hot or last):
+        leave = vote.cast(run.wish())
+        if not (done % config.log_every == 0 or due or hot or last or leave):
             continue
 
         # ---- look at the device: every loss since the last look, the same on every rank
@@ -134,22 +147,7 @@ def pretrain(config: PretrainConfig, dataset: Dataset, run: Run) -> None:
         if any(bad):
             bad_samples.look()
         now = time.perf_counter()
-        rows = [
-            {
-                "attempt": run.attempt,
-                "step": seen.step,
-                "epoch": seen.epoch,
-                "samples": (seen.step + 1) * config.global_batch,
-                "loss": loss,
-                "lr": seen.lr,
-                "img_per_s": len(pending) * config.global_batch / (now - looked),
-                "data_wait_s": seen.wait_s,
-                "step_s": (now - looked) / len(pending),
-                "bad_samples": bad_count,
-                "world_size": run.world_size,
-            }
-            for seen, loss, bad_count in zip(pending, losses, bad, strict=True)
-        ]
+        rows = rows_of(pending, losses, bad, now - looked, config.global_batch, run)
         pending.clear()
         unsaved += rows
         if metrics is not None:
@@ -158,27 +156,35 @@ def pretrain(config: PretrainConfig, dataset: Dataset, run: Run) -> None:
             # ---- commit
             overdue = now - committed_at > config.checkpoint.every_minutes * 60 and not checkpointer.busy
             if due or last or overdue:
-                check_finite(done, model)
-                metrics.commit(done)
+                commit(done)
                 picture(done)
-                checkpointer.save(done, model, optimizer)
                 committed, committed_at = done, now
+        if leave and not last:
+            break
         if hot:
             snapshots.take(done, model, optimizer, unsaved, committed)
             unsaved = [row for row in unsaved if row["step"] >= snapshots.committed]
         looked = time.perf_counter()
 
+    # ---- leave: at once, or at the end
+    if not last:
+        kept = snapshots.keep(done, model, optimizer, unsaved)  # also if there is no time left to commit
+        if leads and (leave is Wish.SAVE or not kept) and committed != done:
+            commit(done)
     checkpointer.wait()
-    snapshots.close()
+    if run.world_size > 1:
+        dist.barrier()  # who leaves first ends the others
+    if last or leave is Wish.SAVE:
+        snapshots.close()
     if metrics is not None:
-        metrics.close(total_steps)
+        metrics.close(done)
     loader.close()
+    return last
 
 
 def _newest_commit(run: Run) -> int:
     """The step of the newest commit, 0 if there is none. Rank 0 looks, so that all ranks agree."""
-    newest = max(committed_steps(run.store), default=0) if run.rank == 0 else 0
-    step = torch.tensor(newest, device=run.device)
+    step = torch.tensor(newest_commit(run.store) if run.rank == 0 else 0, device=run.device)
     if run.world_size > 1:
         dist.broadcast(step, src=0)
     return int(step)
@@ -211,6 +217,45 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     bad = (batch.weights == 0).sum().to(run.device, total.dtype, non_blocking=True)  # waits for nothing
     return torch.stack([total, bad])
+
+
+def rows_of(
+    pending: list[Pending], losses: list[float], bad: list[int], took_s: float, global_batch: int, run: Run
+) -> list[dict[str, Any]]:
+    """Rows of metrics of pending steps, which took `took_s` seconds in all. Call it on every rank."""
+    rows: list[dict[str, Any]] = [
+        {
+            "attempt": run.attempt,
+            "step": seen.step,
+            "epoch": seen.epoch,
+            "samples": (seen.step + 1) * global_batch,
+            "loss": loss,
+            "lr": seen.lr,
+            "img_per_s": len(pending) * global_batch / took_s,
+            "data_wait_s": seen.wait_s,
+            "step_s": took_s / len(pending),
+            "bad_samples": bad_count,
+            "world_size": run.world_size,
+        }
+        for seen, loss, bad_count in zip(pending, losses, bad, strict=True)
+    ]
+    if run.ledger:
+        for row, ids in zip(rows, gather_ids(pending, run), strict=True):
+            row["sample_ids"] = ids
+    return rows
+
+
+def gather_ids(pending: list[Pending], run: Run) -> list[list[int]]:
+    """The ids of all samples of each pending step, rank after rank."""
+    own = torch.stack([seen.sample_ids for seen in pending]).to(run.device)
+    if run.world_size == 1:
+        return own.tolist()
+    most = torch.tensor(own.shape[1], device=run.device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    padded = F.pad(own, (0, int(most) - own.shape[1]), value=-1)  # a worker may have a lane less
+    parts = [torch.empty_like(padded) for _ in range(run.world_size)]
+    dist.all_gather(parts, padded)
+    return [[i for i in ids if i >= 0] for ids in torch.cat(parts, dim=1).tolist()]
 
 
 def gather(pending: list[Pending], global_batch: int, run: Run) -> tuple[list[float], list[int]]:

@@ -25,6 +25,7 @@ from pipeline.manifest import Dataset
 from pipeline.order import Order, default_block, default_lanes
 from pipeline.storage import TEMPORARY, Store, open_store
 from trainer.config import PretrainConfig, differences, dump_config, parse_config
+from trainer.vote import Wish
 
 CONFIG = "config.yaml"
 RUN = "run.json"
@@ -43,6 +44,8 @@ class Run:
     world_size: int = 1
     node: str = "local"  # which machine it is on
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    ledger: bool = False  # whether metrics name the samples of each step
+    wish: Callable[[], Wish] = lambda: Wish.GO_ON  # what this worker has been told
     # For the console; rank 0 only.
     on_metrics: Callable[[dict[str, Any]], None] = lambda row: None
     on_begin: Callable[[int, int, int], None] = lambda attempt, step, world_size: None

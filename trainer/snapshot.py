@@ -4,8 +4,8 @@ Every few steps one worker of each node leaves the state in a memory-backed fold
 started again they agree on the newest state that any of their machines still has, and one sends it to the others:
 losing one node of several costs a few steps, and not minutes.
 
-    FOLDER/maestream-<run id>/<node>/state.safetensors     model/…, optimizer/…, as in a checkpoint; in its metadata
-                                                          attempt, step, config digest, checksum, rows of metrics
+    FOLDER/maestream-<run id>/<node>/state.safetensors     model/…, optimizer/…, as in a checkpoint, and rows of
+                                                          metrics; attempt, step, config digest, checksum
 
 A node has at most two of these files, one of them being written, and a copy of the state in its writer's memory: a
 ViT-B's state (weights and AdamW's two moments, float32) is 1.3 GB.
@@ -36,6 +36,8 @@ from trainer.run import Run, in_history, read_starts
 
 STATE, WRITING = "state.safetensors", "writing"
 COST = 0.03  # of the time, that snapshots may take
+FEWEST = 5  # steps between two
+ROWS = "rows"  # the name of the rows of metrics among the tensors: JSON, uint8
 FORGOTTEN_S = 3600  # what a killed run left here goes after that
 Rows = list[dict[str, Any]]
 log = logging.getLogger("maestream")
@@ -54,7 +56,8 @@ class Snapshots:
         self.next = start + 1  # the first comes at once: until then a death costs all since the last commit
         self.last, self.last_at = start, time.perf_counter()
         self.committed = 0.0  # steps in rank 0's newest commit
-        self.folder = _folder(config, run) if _writes(run) else None
+        self.writes = _is_first_on_its_node(run)
+        self.folder = _folder(config, run) if self.writes else None
         self.host: dict[str, torch.Tensor] = {}  # the copy that is being written
         self.copied: torch.cuda.Event | None = None
         self.cost_s = 0.0  # of one, to those who train
@@ -76,15 +79,9 @@ class Snapshots:
         """
         begin = time.perf_counter()
         if self.folder and not (self.thread and self.thread.is_alive()):
-            self._copy(model, optimizer)
+            self._copy(model, optimizer, rows)
             copy_s = time.perf_counter() - begin
-            tags = {
-                "run_id": self.run.run_id,
-                "attempt": self.run.attempt,
-                "step": step,
-                "config": self.digest,
-            }
-            self.thread = threading.Thread(target=self._write, args=(tags, rows, copy_s), name="snapshot")
+            self.thread = threading.Thread(target=self._write, args=(step, copy_s), name="snapshot")
             self.thread.start()
         # Those that write know what it costs, and all have to take the next one after the same step.
         step_s = (begin - self.last_at) / max(step - self.last, 1)
@@ -92,13 +89,26 @@ class Snapshots:
         if self.run.world_size > 1:
             dist.all_reduce(shared, dist.ReduceOp.MAX)
         cost_s, step_s, self.committed = shared.tolist()
-        self.next = step + max(1, math.ceil(cost_s / (COST * step_s)))
+        self.next = step + max(FEWEST, math.ceil(cost_s / (COST * step_s)))
         self.last, self.last_at = step, begin
 
-    def _copy(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def keep(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, rows: Rows) -> bool:
+        """Leave the state after `step` steps, and wait for it. Returns whether every node has it."""
+        if self.thread is not None:
+            self.thread.join()
+        if self.folder:
+            self._copy(model, optimizer, rows)
+            self._write(step, 0.0)
+        has = torch.tensor(int(self.folder is not None or not self.writes), device=self.run.device)
+        if self.run.world_size > 1:
+            dist.all_reduce(has, dist.ReduceOp.MIN)
+        return bool(has)
+
+    def _copy(self, model: nn.Module, optimizer: torch.optim.Optimizer, rows: Rows) -> None:
         state = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
         state |= {f"optimizer/{name}": tensor for name, tensor in optimizer_state(model, optimizer).items()}
         on_gpu = self.run.device.type == "cuda"
+        self.host[ROWS] = _to_bytes(rows)
         for name, tensor in state.items():
             if name not in self.host:
                 self.host[name] = torch.empty_like(tensor, device="cpu", pin_memory=on_gpu)
@@ -118,32 +128,37 @@ class Snapshots:
         if self.copied is not None:
             torch.cuda.current_stream(self.run.device).wait_event(self.copied)
 
-    def _write(self, tags: dict[str, Any], rows: Rows, copy_s: float) -> None:
+    def _write(self, step: int, copy_s: float) -> None:
         assert self.folder is not None
-        begin = time.perf_counter()
+        begin = time.thread_time()
         try:
             if self.copied is not None:
                 self.copied.synchronize()
-            metadata = {name: str(value) for name, value in tags.items()}
-            metadata |= {"crc32c": str(_checksum(self.host)), "rows": json.dumps(rows)}
+            tags = {
+                "run_id": self.run.run_id,
+                "attempt": str(self.run.attempt),
+                "step": str(step),
+                "config": self.digest,
+                "crc32c": str(_checksum(self.host)),
+            }
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(self.host, self.folder / WRITING, metadata)
+            save_file(self.host, self.folder / WRITING, tags)
             (self.folder / WRITING).replace(self.folder / STATE)
-            self._clear_older(tags["attempt"])
+            self._clear_older()
         except (OSError, SafetensorError) as error:
             log.warning("no more snapshots in %s (%s): a death now costs the steps since the last commit",
                         self.folder, error)  # fmt: skip
             self._remove()
             self.folder = None
         # A GPU goes on meanwhile, a CPU shares its cores with the writing.
-        self.cost_s = copy_s + (time.perf_counter() - begin if self.copied is None else 0)
+        self.cost_s = copy_s + (time.thread_time() - begin if self.copied is None else 0)
 
-    def _clear_older(self, attempt: int) -> None:
+    def _clear_older(self) -> None:
         """Remove what older attempts left on this machine under other nodes' names: this one is newer."""
         assert self.folder is not None
         for other in self.folder.parent.glob(f"*/{STATE}"):
             tags = _tags(other)
-            if tags is not None and int(tags["attempt"]) < attempt:
+            if tags is not None and int(tags["attempt"]) < self.run.attempt:
                 shutil.rmtree(other.parent, ignore_errors=True)
 
     def close(self) -> None:
@@ -177,9 +192,10 @@ def restore(
     if best <= commit:
         return None
     source = next(rank for rank, s in enumerate(steps) if int(s) == best)
-    state, rows = _load(path) if run.rank == source else ({}, [])
+    state = load_file(path) if path and run.rank == source else {}
     if run.world_size > 1:
-        state, rows = _send(state, rows, source, run)
+        state = _send(state, source, run)
+    rows = _from_bytes(state.pop(ROWS))
     model.load_state_dict({n.removeprefix("model/"): t for n, t in state.items() if n.startswith("model/")})
     moments = {n.removeprefix("optimizer/"): t for n, t in state.items() if n.startswith("optimizer/")}
     set_optimizer_state(model, optimizer, moments)
@@ -227,38 +243,34 @@ def _checksum(state: dict[str, torch.Tensor]) -> int:
     return checksum
 
 
-def _load(path: Path | None) -> tuple[dict[str, torch.Tensor], Rows]:
-    assert path is not None
-    tags = _tags(path)
-    assert tags is not None
-    return load_file(path), json.loads(tags["rows"])
+def _to_bytes(value: Any) -> torch.Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
 
 
-def _send(
-    state: dict[str, torch.Tensor], rows: Rows, source: int, run: Run
-) -> tuple[dict[str, torch.Tensor], Rows]:
+def _from_bytes(data: torch.Tensor) -> Any:
+    return json.loads(data.cpu().numpy().tobytes())
+
+
+def _send(state: dict[str, torch.Tensor], source: int, run: Run) -> dict[str, torch.Tensor]:
     """What `source` has, to all others."""
-    outline = [(name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in state.items()]
-    text = json.dumps([outline, rows]).encode()
-    length = torch.tensor([len(text)], device=run.device)
+    own = _to_bytes([(name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in state.items()])
+    length = torch.tensor([len(own)], device=run.device)
     dist.broadcast(length, source)
-    data = torch.empty(int(length), dtype=torch.uint8, device=run.device)
+    outline = torch.empty(int(length), dtype=torch.uint8, device=run.device)
     if run.rank == source:
-        data.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-    dist.broadcast(data, source)
-    outline, rows = json.loads(bytes(data.cpu().numpy()))
+        outline.copy_(own)
+    dist.broadcast(outline, source)
     sent = {}
-    for name, dtype, shape in outline:
+    for name, dtype, shape in _from_bytes(outline):
         tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=run.device)
         if run.rank == source:
             tensor.copy_(state[name])
         dist.broadcast(tensor, source)
         sent[name] = tensor
-    return sent, rows
+    return sent
 
 
-def _writes(run: Run) -> bool:
-    """Whether this rank is the first on its node."""
+def _is_first_on_its_node(run: Run) -> bool:
     if run.world_size == 1:
         return True
     node = int.from_bytes(hashlib.sha256(run.node.encode()).digest()[:7], "little")

@@ -1,20 +1,17 @@
 """Training on Ray: real workers, killed for real, locally and from a bucket."""
 
-import contextlib
 import json
 import os
 import random
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from conftest import build_dataset, maestream, refused
+from runs import kill, losses, running, wait_for_step, wait_until, workers_of
 
 from cluster.elastic import HOPELESS
 from pipeline.manifest import Dataset
@@ -29,6 +26,7 @@ epochs: 40            # of 5 steps
 log_every: 5
 workers: 2
 precision: float32
+micro_batch: 1        # for steps of some 30 ms: snapshots are as far apart as they cost time
 checkpoint: {every_steps: 35}
 model: {image_size: 32, patch_size: 8, width: 24, depth: 2, heads: 3,
         decoder_width: 16, decoder_depth: 1, decoder_heads: 2}
@@ -55,45 +53,6 @@ def whole(recipe: Path, scenes: Dataset, tmp_path_factory: pytest.TempPathFactor
     done = maestream(*words(recipe, scenes.store.url, out))
     assert "step 200/200" in done.stdout
     return out
-
-
-def losses(url: object) -> list[float]:
-    return [row["loss"] for row in read_metrics(open_store(str(url)))]
-
-
-@contextlib.contextmanager
-def running(command: tuple[object, ...]) -> Iterator[subprocess.Popen[str]]:
-    """A run under way; what is left of it is killed."""
-    program = Path(sys.executable).with_name("maestream")
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen([program, *map(str, command)], **pipes)  # type: ignore[call-overload]
-    try:
-        yield process
-    finally:
-        workers = workers_of(process.pid)
-        process.kill()
-        process.communicate()
-        wait_until(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
-
-
-def wait_until(true: Callable[[], object], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, f"not in {seconds} s"
-        time.sleep(0.02)
-
-
-def wait_for_step(step: int, process: subprocess.Popen[str], out: Path) -> None:
-    """Until the metrics reach `step`."""
-    wait_until(
-        lambda: process.poll() is not None or ((out / "metrics.jsonl").exists() and len(losses(out)) > step)
-    )
-    assert process.poll() is None, "it ended before it could be killed"
-
-
-def kill(*pids: int) -> None:
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_been(
@@ -211,25 +170,6 @@ def test_what_only_a_person_can_mend_stops_all_ranks_with_exit_code_2(
     done = maestream(*command)
     assert f"the last time it stopped, because {shard}" in done.stdout
     assert not (tmp_path / "run" / "failed.json").exists()
-
-
-def workers_of(driver: int) -> list[int]:
-    """The processes of a driver's training workers."""
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-    workers = []
-    for pid in parents:
-        above = pid
-        while above in parents and above != driver:
-            above = parents[above]
-        if above == driver:
-            with contextlib.suppress(OSError):
-                if b"RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                    workers.append(pid)
-    return workers
 
 
 def test_nothing_is_left_running(whole: Path) -> None:

@@ -1,7 +1,10 @@
 """Promise 4: the global batch never changes; and a run goes on where its last commit was."""
 
+import itertools
 import math
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +12,18 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.errors import UserError
 from pipeline.manifest import Dataset, open_dataset
 from pipeline.storage import open_store
-from trainer.checkpoint import committed_steps
+from trainer.checkpoint import committed_steps, kept_steps, newest_commit
 from trainer.config import PretrainConfig, parse_config
 from trainer.metrics import read_metrics
 from trainer.pretrain import pretrain
-from trainer.run import Run, found_run, open_run
+from trainer.run import Run, begin_attempt, found_run, make_order, open_run, read_starts
+from trainer.vote import Wish
 
 SMALL: dict[str, Any] = {
     "global_batch": 12,
@@ -45,16 +51,26 @@ def train(dataset: Dataset, out: Path, rank: int = 0, world_size: int = 1, **cha
     return run
 
 
-def _worker(rank: int, world_size: int, data: str, out: str, changes: dict[str, Any]) -> None:
+def told_after(steps: int, wish: Wish) -> Callable[[], Wish]:
+    """What a worker hears that is told something when it has done so many steps."""
+    heard = itertools.count(1)
+    return lambda: wish if next(heard) >= steps else Wish.GO_ON
+
+
+def _worker(
+    rank: int, world_size: int, data: str, out: str, changes: dict[str, Any], wish: Wish = Wish.GO_ON
+) -> None:
     torch.set_num_threads(1)
     rendezvous = f"file://{out}.rendezvous"
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
     dataset = open_dataset(data)
     config = config_of(**changes)
-    run = Run(open_store(out), "test", 1, rank, world_size)
+    run = Run(open_store(out), "test", 1, rank, world_size, ledger=True)
     if rank == 0:
         found_run(config, run, dataset)
-    pretrain(config, dataset, run)
+    else:
+        run = replace(run, wish=told_after(9 + rank, wish))
+    assert pretrain(config, dataset, run) == (wish is Wish.GO_ON)
     dist.destroy_process_group()
 
 
@@ -69,17 +85,20 @@ def weights(url: str | Path) -> dict[str, torch.Tensor]:
     return load_file(f"{store.root}/checkpoints/step-{committed_steps(store)[-1]:08d}/model.safetensors")
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+def spawn(world_size: int, *arguments: Any) -> None:
+    mp.spawn(_worker, (world_size, *arguments), nprocs=world_size)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "world_size", [2, 3, *(pytest.param(w, marks=pytest.mark.soak) for w in (4, 5, 6)), 7]
+)
 def test_world_size_changes_no_loss_and_no_parameter(
     scenes: Dataset, tmp_path: Path, world_size: int
 ) -> None:
-    """30 steps in float64, in micro-batches; 3 workers have unequal parts of 4 lanes."""
-    train(scenes, tmp_path / "alone", micro_batch=12)
-    mp.spawn(  # type: ignore[attr-defined]
-        _worker,
-        (world_size, scenes.store.url, str(tmp_path / "many"), {"micro_batch": 4}),
-        nprocs=world_size,
-    )
+    """30 steps in float64, in micro-batches; 5 and 7 workers have unequal parts of 12 lanes, 3 of 4."""
+    data = {**SMALL["data"], "lanes": 4 if world_size == 3 else 12}
+    train(scenes, tmp_path / "alone", micro_batch=12, data=data)
+    spawn(world_size, scenes.store.url, str(tmp_path / "many"), {"micro_batch": 4, "data": data})
     alone, many = losses(tmp_path / "alone"), losses(tmp_path / "many")
     assert len(alone) == 30
     assert many == pytest.approx(alone, rel=1e-9, abs=0)
@@ -87,6 +106,37 @@ def test_world_size_changes_no_loss_and_no_parameter(
     ours, theirs = weights(tmp_path / "alone"), weights(tmp_path / "many")
     for name, tensor in ours.items():
         assert torch.allclose(theirs[name], tensor, rtol=1e-7, atol=1e-9), name
+
+
+@pytest.mark.parametrize("wish", [Wish.MOVE, Wish.SAVE])
+@pytest.mark.parametrize("snapshots", ["/dev/shm", None])
+def test_all_leave_after_the_same_step_and_nothing_is_redone(
+    scenes: Dataset, tmp_path: Path, wish: Wish, snapshots: str | None
+) -> None:
+    """Of three workers one is told after step 10, and another later."""
+    train(scenes, tmp_path / "alone")
+    out, changes = tmp_path / "run", {"checkpoint": {"every_steps": 4, "snapshots": snapshots}}
+    spawn(3, scenes.store.url, str(out), changes, wish)
+    committed = committed_steps(open_store(str(out)))
+    assert (committed[-1] == 11) == (
+        wish is Wish.SAVE or snapshots is None
+    )  # told after 10, counted after 11
+    run = train(scenes, out, **changes)
+    assert read_starts(run.store) == [0, 11]
+    assert losses(out) == pytest.approx(losses(tmp_path / "alone"), rel=1e-9, abs=0)
+    rows = read_metrics(run.store)
+    assert [row["attempt"] for row in rows] == [1] * 11 + [2] * 19
+    order = make_order(config_of(), scenes)
+    for row in rows[:11]:
+        assert sorted(row["sample_ids"]) == sorted(order.step_ids(row["step"], 0, 1).tolist())
+    assert not Path("/dev/shm/maestream-test").exists()
+
+
+def test_told_before_the_end_it_ends(scenes: Dataset, tmp_path: Path) -> None:
+    config, run = open_run(str(tmp_path / "run"), config_of(), scenes)
+    found_run(config, run, scenes)
+    assert pretrain(config, scenes, replace(run, wish=told_after(29, Wish.SAVE)))
+    assert committed_steps(run.store)[-1] == 30
 
 
 @pytest.mark.parametrize("stop", [4, 7, 29])
@@ -128,6 +178,32 @@ def test_the_newest_commits_are_kept(scenes: Dataset, tmp_path: Path) -> None:
         "step-00000025",
         "step-00000030",
     ]
+
+
+@given(
+    steps=st.lists(st.integers(1, 500), unique=True, max_size=40).map(sorted),
+    newest=st.integers(1, 4),
+    every=st.integers(1, 200),
+)
+def test_of_each_so_many_steps_one_commit_is_kept_for_good(steps: list[int], newest: int, every: int) -> None:
+    there: list[int] = []
+    for step in steps:
+        there = sorted(kept_steps([*there, step], newest, every))
+    assert set(steps[-newest:]) <= set(there)
+    first = {step // every: step for step in reversed(steps) if step >= every}
+    assert set(there) == {*steps[-newest:], *first.values()}
+
+
+def test_a_commit_of_an_attempt_that_was_taken_over_from_is_not_gone_on_from(
+    scenes: Dataset, tmp_path: Path
+) -> None:
+    changes = {"checkpoint": {"every_steps": 10}}
+    run = train(scenes, tmp_path / "run", **changes)
+    begin_attempt(Run(run.store, run.run_id, 0), 20)  # it read the run's folder before step 30 was committed
+    assert newest_commit(run.store) == 20
+    assert committed_steps(run.store) == [10, 20]
+    train(scenes, tmp_path / "run", **changes)
+    assert read_starts(run.store) == [0, 20, 20]
 
 
 def test_what_a_kill_left_of_a_commit_goes_with_the_next(scenes: Dataset, tmp_path: Path) -> None:

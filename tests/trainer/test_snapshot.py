@@ -128,6 +128,16 @@ def test_torn_or_strange_ones_are_ignored(tmp_path: Path, harm: str) -> None:
     assert found(tmp_path) is None
 
 
+def test_kept_at_once(tmp_path: Path) -> None:
+    run = begin_attempt(make_run(tmp_path), 0)
+    snapshots = Snapshots(run, config_in(tmp_path), 0)
+    state = make_state(1)
+    snapshots.take(1, *make_state(2), [], 0)
+    assert snapshots.keep(2, *state, ROWS)
+    assert found(tmp_path) == (2, digest(*state))
+    assert not Snapshots(run, config_in(tmp_path / "nowhere"), 0).keep(3, *state, ROWS)
+
+
 def test_a_run_that_ends_leaves_none(tmp_path: Path) -> None:
     run = begin_attempt(make_run(tmp_path), 0)
     snapshots = Snapshots(run, config_in(tmp_path), 0)

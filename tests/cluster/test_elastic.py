@@ -1,0 +1,201 @@
+"""Workers come and go on a cluster of real raylets, and the model cannot tell that they did."""
+
+import inspect
+import json
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from ray.cluster_utils import Cluster
+from runs import running, wait_until
+from safetensors.torch import load
+
+from cluster import elastic, notice
+from cluster.train import TUNING
+from pipeline.manifest import Dataset
+from pipeline.storage import Store, open_store
+from trainer.config import PretrainConfig, load_config
+from trainer.events import read_events
+from trainer.metrics import read_metrics
+from trainer.pretrain import pretrain
+from trainer.run import found_run, make_order, open_run
+
+RECIPE = """
+global_batch: 12
+epochs: 60            # of 5 steps
+log_every: 5
+workers: {min: 1, max: 3}
+precision: float64
+micro_batch: 1        # for steps of some 50 ms
+checkpoint: {every_steps: 100}
+model: {image_size: 48, patch_size: 8, width: 48, depth: 2, heads: 3,
+        decoder_width: 32, decoder_depth: 1, decoder_heads: 2}
+optim: {blr: 0.05, warmup_epochs: 1}
+data: {lanes: 6, block: 8}
+"""
+SMALL = {"object_store_memory": 80_000_000, "include_dashboard": False}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "small.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(recipe: Path, scenes: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A run of one process that nothing disturbed."""
+    out = str(tmp_path_factory.mktemp("runs") / "whole")
+    config, run = open_run(out, load_config(PretrainConfig, recipe, ("workers=1",)), scenes)
+    found_run(config, run, scenes)
+    assert pretrain(config, scenes, run)
+    return open_store(out)
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A head without CPUs, which notices a death in seconds."""
+    for name, value in (("period_ms", 1000), ("timeout_ms", 1000), ("failure_threshold", 3)):
+        monkeypatch.setenv(f"RAY_health_check_{name}", str(value))
+    made = Cluster()
+    try:
+        made.add_node(num_cpus=0, **SMALL)
+        monkeypatch.setenv("RAY_ADDRESS", made.address)
+        ray.init(address=made.address, log_to_driver=False, logging_level="ERROR")
+        yield made
+    finally:
+        ray.shutdown()
+        made.shutdown()
+
+
+def final_weights(store: Store) -> dict[str, torch.Tensor]:
+    steps = sorted(name for name in store.names("checkpoints") if name.endswith("model.safetensors"))
+    return load(store.read(steps[-1]))
+
+
+def assert_same_model_and_each_place_once(store: Store, whole: Store, dataset: Dataset, recipe: Path) -> None:
+    ours, expected = final_weights(store), final_weights(whole)
+    apart = max(float((ours[name] - expected[name]).abs().max()) for name in expected)
+    assert ours.keys() == expected.keys()
+    assert apart <= 1e-9
+    order = make_order(load_config(PretrainConfig, recipe), dataset)
+    rows = read_metrics(store)
+    assert [row["step"] for row in rows] == list(range(60 * order.steps_per_epoch))
+    for row in rows:
+        assert sorted(row["sample_ids"]) == sorted(order.step_ids(row["step"], 0, 1).tolist())
+    for epoch in range(60):
+        places = [i for row in rows if row["epoch"] == epoch for i in row["sample_ids"]]
+        assert len(places) == len(set(places)) == 60
+
+
+def attempts(store: Store) -> list[dict[str, Any]]:
+    return [event for event in read_events(store) if event["event"] == "attempt"]
+
+
+@pytest.mark.timeout(600)
+def test_nodes_come_and_go(
+    cluster: Cluster, recipe: Path, scenes: Dataset, whole: Store, tmp_path: Path
+) -> None:
+    nodes = [cluster.add_node(num_cpus=1, **SMALL) for _ in range(2)]
+    store = open_store(str(tmp_path / "run"))
+    command = ("pretrain", "--config", recipe, "--data", scenes.store.url, "--out", store.root, "--ledger")
+
+    def wait_for(count: int, workers: int) -> dict[str, Any]:
+        """The next attempt, once it trains."""
+        wait_until(lambda: len(attempts(store)) == count)
+        newest = attempts(store)[-1]
+        assert newest["world_size"] == workers, newest
+        return newest
+
+    with running(command) as process:
+        wait_for(1, workers=2)
+
+        # A node joins: nothing is redone.
+        nodes.append(cluster.add_node(num_cpus=1, **SMALL))
+        grown = wait_for(2, workers=3)
+        assert grown["redone"] == 0
+        assert grown["step"] > 0
+
+        # One gets notice that it will go: nothing is redone, and it is not trained there any more.
+        assert notice.drain(nodes[0].node_id, "it is wanted elsewhere", 60)
+        shrunk = wait_for(3, workers=2)
+        assert shrunk["redone"] == 0
+        assert (Path(store.root) / f"checkpoints/step-{shrunk['step']:08d}/COMMITTED").exists()
+        cluster.remove_node(nodes.pop(0), allow_graceful=False)
+
+        # Another dies without a word, with its snapshots.
+        time.sleep(1)
+        gone = nodes.pop(0)
+        shutil.rmtree(snapshots(store) / gone.node_id, ignore_errors=True)
+        gone.kill_raylet()
+        shutil.rmtree(snapshots(store) / gone.node_id, ignore_errors=True)
+        left = wait_for(4, workers=1)
+        assert left["redone"] <= 10
+
+        # The job is told to stop, and submitted again: nothing is redone.
+        process.send_signal(signal.SIGTERM)
+        printed, _ = process.communicate(timeout=60)
+        assert process.returncode == 130, printed
+        assert "stopped, and all work is saved" in printed
+        assert not snapshots(store).exists()
+    with running(command) as process:
+        again = wait_for(5, workers=1)
+        printed, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, printed
+    rows = read_metrics(store)
+    assert again["step"] == len([row for row in rows if row["attempt"] < 5])
+    assert_same_model_and_each_place_once(store, whole, scenes, recipe)
+    assert not snapshots(store).exists()
+
+
+def snapshots(store: Store) -> Path:
+    return Path("/dev/shm", f"maestream-{json.loads(store.read('run.json'))['run_id']}")
+
+
+# ---- what is leaned on inside Ray -----------------------------------------------------------------------------
+
+
+def test_rays_insides_are_as_they_were() -> None:
+    """If this fails, Ray has changed: read what became of it before the pin is moved (cluster/elastic.py)."""
+    from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as coordinator
+    from ray.train.v2._internal import constants
+    from ray.train.v2._internal.execution.controller.controller import TrainController
+    from ray.train.v2._internal.execution.worker_group import worker, worker_group
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    def arguments(function: Callable[..., Any]) -> list[str]:
+        return [name for name in inspect.signature(function).parameters if name != "self"]
+
+    # the trainer makes a controller of these, in one call, and handles SIGINT in another
+    assert {"scaling_policy", "failure_policy"} <= set(arguments(TrainController.__init__))
+    assert "controller_init_kwargs" in arguments(DataParallelTrainer._initialize_and_run_controller)
+    assert "_register_sigint_handler" in inspect.getsource(DataParallelTrainer._initialize_and_run_controller)
+    # the scaling policy is asked like this, and asks like that
+    policy = elastic.ElasticScalingPolicy
+    assert arguments(policy.make_decision_for_non_running_worker_group) == []
+    asked = ["worker_group_state", "worker_group_status"]
+    assert arguments(policy.make_decision_for_running_worker_group) == asked
+    assert arguments(policy._count_possible_workers) == ["reserved_resources"]
+    assert arguments(policy._get_reserved_resources) == []
+    assert "_get_reserved_resources()" in inspect.getsource(policy.make_decision_for_non_running_worker_group)
+    assert arguments(coordinator._AutoscalingCoordinatorActor.get_reserved_resources) == [
+        "requester_id",
+        "recompute",
+    ]
+    assert {"start_time", "workers"} <= {field.name for field in fields(worker_group.WorkerGroupState)}
+    assert arguments(worker.Worker.execute_async)[0] == "fn"
+    assert "node_id" in {field.name for field in fields(worker.ActorMetadata)}
+    # the failure policy gets what happened, and may try again whatever it was
+    assert arguments(elastic.FailurePolicy.make_decision) == ["training_failed_error"]
+    assert {decision.name for decision in elastic.FailureDecision} == {"RETRY", "RAISE", "NOOP"}
+    # the settings have their names
+    names = {value for name, value in vars(constants).items() if name.endswith("_ENV_VAR")}
+    assert set(TUNING) <= names
