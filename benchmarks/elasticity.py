@@ -66,14 +66,14 @@ HEAD = {
 }
 RECIPE = {
     "global_batch": BATCH,
-    "micro_batch": 4,  # small, so that a step takes its time
+    "micro_batch": 1,  # so that a step takes its time, though the state is small
     "epochs": TOTAL_STEPS * BATCH / SAMPLES,
     "precision": "float64",
     "log_every": 1,
     "checkpoint": {"every_steps": COMMIT_STEPS},
     "model": {
-        "image_size": 32, "patch_size": 8, "width": 96, "depth": 4, "heads": 4,
-        "decoder_width": 64, "decoder_depth": 3, "decoder_heads": 4,
+        "image_size": 32, "patch_size": 8, "width": 48, "depth": 3, "heads": 4,
+        "decoder_width": 32, "decoder_depth": 2, "decoder_heads": 4,
     },
     "optim": {"blr": 0.005, "warmup_epochs": 2},
     "data": {"lanes": 12, "block": 8},

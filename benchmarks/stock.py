@@ -68,7 +68,7 @@ def train_loop(job: dict[str, Any]) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             sums = train_step(trained, optimizer, batch, config, run)
-            pending = [Pending(batch.step, batch.epoch, lr, batch.wait_s, sums)]
+            pending = [Pending(batch.step, batch.epoch, lr, batch.wait_s, batch.sample_ids, sums)]
             losses, _ = gather(pending, config.global_batch, run)
             row = {"attempt": run.attempt, "step": batch.step, "world_size": world_size, "loss": losses[0]}
             print(json.dumps(row), file=rows, flush=True)
