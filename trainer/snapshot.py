@@ -192,7 +192,7 @@ def restore(
     if best <= commit:
         return None
     source = next(rank for rank, s in enumerate(steps) if int(s) == best)
-    state = load_file(path) if path and run.rank == source else {}
+    state = _load(path, best) if path and run.rank == source else {}
     if run.world_size > 1:
         state = _send(state, source, run)
     rows = _from_bytes(state.pop(ROWS))
@@ -225,6 +225,13 @@ def _tags(path: Path) -> dict[str, str] | None:
             return dict(file.metadata() or {})
     except (OSError, SafetensorError):
         return None
+
+
+def _load(path: Path, step: int) -> dict[str, torch.Tensor]:
+    with safe_open(path, "pt") as file:
+        if int(file.metadata()["step"]) != step:  # workers of the attempt before are not all dead yet
+            raise RuntimeError(f"{path} was written anew while it was looked at")
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
 
 
 def _is_whole(path: Path, tags: dict[str, str]) -> bool:
