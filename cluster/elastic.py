@@ -12,6 +12,7 @@ from typing import Any
 import ray
 from ray.train import FailureConfig, Result, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 from ray.train.v2._internal.execution.failure_handling.default import (
     RETRYABLE_CONTROLLER_ERRORS,
@@ -238,6 +239,8 @@ def describe(error: TrainingFailedError) -> str:
         cause = getattr(failure, "health_check_failure", None) or getattr(failure, "cause", None) or failure
         if isinstance(cause, ray.exceptions.RayActorError):
             died.append(f"worker {rank} died" + (" with its node" if "node has died" in str(cause) else ""))
+        elif isinstance(cause, WorkerHealthCheckTimeoutError):
+            died.append(f"worker {rank} does not answer")
         else:
             others.append(f"worker {rank}: {_last_line(cause)}")
     return ", ".join(died) or (others or [_last_line(error)])[0]

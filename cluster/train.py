@@ -45,7 +45,7 @@ TUNING = {
     # the controller looks at its workers this often, not each 2 s: a death, a start and an end are seen sooner
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     # a worker that does not answer is stuck (SIGSTOP, a hung driver), not busy: it has threads for that
-    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "10",
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "7",
     # workers start in seconds, or their node is gone and Ray does not know yet
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
     # a node's notice is acted upon by our scaling policy
