@@ -204,7 +204,7 @@ def restore(
 
 def _newest(run: Run, config: PretrainConfig) -> tuple[Path | None, int]:
     """The newest whole snapshot on this machine that belongs to the run's history, and its step; -1 if there is none."""
-    if config.checkpoint.snapshots is None:
+    if config.checkpoint.snapshots is None or not _is_first_on_its_node(run):
         return None, -1
     best: tuple[Path | None, int] = None, -1
     starts, digest = read_starts(run.store), config_digest(config)
@@ -299,6 +299,6 @@ def _clear(base: Path, own: Path) -> None:
     """Remove what runs left that were killed for good."""
     for other in base.glob("maestream-*/"):
         with contextlib.suppress(OSError):
-            states = [path.stat().st_mtime for path in other.glob("*/*")]
-            if other != own and time.time() - max(states, default=0) > FORGOTTEN_S:
+            times = [path.stat().st_mtime for path in (other, *other.glob("*/*"))]
+            if other != own and time.time() - max(times) > FORGOTTEN_S:
                 shutil.rmtree(other, ignore_errors=True)

@@ -21,7 +21,7 @@ from fault_proxy import SLOW_DOWN, fault_proxy
 from ray.cluster_utils import Cluster
 from safetensors.torch import load
 
-from cluster import elastic, notice
+from cluster import elastic, failures, notice
 from cluster.train import TUNING
 from pipeline.manifest import Dataset
 from pipeline.storage import Store, open_store
@@ -153,7 +153,7 @@ def test_nodes_come_and_go(
         process.send_signal(signal.SIGTERM)
         printed, _ = process.communicate(timeout=60)
         assert process.returncode == 130, printed
-        assert "stopped, and all work is saved" in printed
+        assert f"stopped after step {committed_steps(store)[-1]}, and committed" in printed
         assert not snapshots(store).exists()
     with running(command) as process:
         again = wait_for(5, workers=1)
@@ -331,24 +331,30 @@ def test_rays_insides_are_as_they_were() -> None:
     assert {"scaling_policy", "failure_policy"} <= set(arguments(TrainController.__init__))
     assert "controller_init_kwargs" in arguments(DataParallelTrainer._initialize_and_run_controller)
     assert "_register_sigint_handler" in inspect.getsource(DataParallelTrainer._initialize_and_run_controller)
+    assert "self.worker_group_cls.create(" in inspect.getsource(TrainController._start_worker_group)
     # the scaling policy is asked like this, and asks like that
     policy = elastic.ElasticScalingPolicy
     assert arguments(policy.make_decision_for_non_running_worker_group) == []
     asked = ["worker_group_state", "worker_group_status"]
     assert arguments(policy.make_decision_for_running_worker_group) == asked
     assert arguments(policy._count_possible_workers) == ["reserved_resources"]
-    assert arguments(policy._get_reserved_resources) == []
-    assert "_get_reserved_resources()" in inspect.getsource(policy.make_decision_for_non_running_worker_group)
-    assert arguments(coordinator._AutoscalingCoordinatorActor.get_reserved_resources) == [
-        "requester_id",
-        "recompute",
-    ]
+    assert arguments(policy._get_num_workers_for_resource_request) == []
+    assert arguments(policy._send_resource_request) == arguments(policy._maybe_send_resource_request) == []
+    assert inspect.getsource(policy.after_controller_start).count("train_run_context.") == 1
+    reserved = coordinator._AutoscalingCoordinatorActor.get_reserved_resources
+    assert arguments(reserved) == ["requester_id", "recompute"]
     assert {"start_time", "workers"} <= {field.name for field in fields(worker_group.WorkerGroupState)}
     assert arguments(worker.Worker.execute_async)[0] == "fn"
     assert "node_id" in {field.name for field in fields(worker.ActorMetadata)}
+    # a worker group that fails while it starts is started so, and ended so
+    start = inspect.getsource(worker_group.WorkerGroup._start)
+    assert "if not self.has_started():" in start  # else it leaves what it has made behind
+    shutdown = inspect.getsource(worker_group.WorkerGroup.shutdown)
+    assert "self._worker_group_state.shutdown()" in shutdown
+    assert "self._clear_state()" in shutdown
     # the failure policy gets what happened, and may try again whatever it was
-    assert arguments(elastic.FailurePolicy.make_decision) == ["training_failed_error"]
-    assert {decision.name for decision in elastic.FailureDecision} == {"RETRY", "RAISE", "NOOP"}
+    assert arguments(failures.FailurePolicy.make_decision) == ["training_failed_error"]
+    assert {decision.name for decision in failures.FailureDecision} == {"RETRY", "RAISE", "NOOP"}
     # the settings have their names
     names = {value for name, value in vars(constants).items() if name.endswith("_ENV_VAR")}
     assert set(TUNING) <= names
