@@ -20,7 +20,10 @@ maestream() {
 
 maestream shards build 'synthetic:?count=2048&classes=10' "$data/train" --shard-mb 16
 maestream shards build 'synthetic:?count=64&classes=10&seed=1' "$data/held-out"
+# In the middle of it one of its workers is killed.
+.venv/bin/python tests/kill_a_worker.py $$ "$run" 150 &
 maestream pretrain --config recipes/demo.yaml --data "$data/train" --out "$run"
+wait
 if [ "$run" != runs/demo ]; then
     .venv/bin/python -c 'import fsspec, sys; fsspec.filesystem("s3").get(sys.argv[1], "runs/demo", recursive=True)' "$run"
 fi
@@ -29,6 +32,16 @@ maestream reconstruct "$run" --data "$data/held-out" --grid runs/demo/pictures/h
 
 first=$(ls runs/demo/pictures/step-*.png | head -1)
 last=$(ls runs/demo/pictures/step-*.png | tail -1)
+.venv/bin/python - "$run" <<'EOT'
+import sys
+from cluster.console import sentence
+from pipeline.storage import open_store
+from trainer.events import read_events
+
+print("\nWhat became of its workers:")
+for event in read_events(open_store(sys.argv[1])):
+    print(" ", sentence(event))
+EOT
 cat <<EOT
 
 What the model sees:      runs/demo/pictures/held-out.png   (images it never trained on)

@@ -1,11 +1,16 @@
-"""Datasets for benchmarks, and the order in which a run of the recipes would read them."""
+"""Datasets and batches for benchmarks, and the order in which a run of the recipes would read them."""
 
 import shutil
 from pathlib import Path
 
+import torch
+
 from pipeline.cache import CHUNK_BYTES
+from pipeline.loader import TrainBatch
 from pipeline.manifest import Dataset, open_dataset
 from pipeline.order import Order, default_block, default_lanes
+from pipeline.spent import Spent
+from trainer.config import PretrainConfig
 
 SHARD_BYTES = 100 << 20
 
@@ -32,3 +37,11 @@ def build_repeated(images: str | None, samples: int, folder: Path) -> Dataset:
     build(open_source(str(repeated)), open_store(str(folder / "shards")), shard_bytes=SHARD_BYTES)
     shutil.rmtree(repeated)
     return open_dataset(str(folder / "shards"))
+
+
+def resident_batch(config: PretrainConfig, device: torch.device) -> TrainBatch:
+    """A batch that is on the device already."""
+    n, size = config.global_batch, config.model.image_size
+    images = torch.randint(256, (n, 3, size, size), dtype=torch.uint8, device=device)
+    ids = torch.arange(n)
+    return TrainBatch(images, ids, ids, torch.ones(n), {}, step=0, epoch=0, wait_s=0.0, spent=Spent())

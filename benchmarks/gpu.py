@@ -37,7 +37,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.datasets import build_repeated, make_order
+from benchmarks.datasets import build_repeated, make_order, resident_batch
 from benchmarks.report import RESULTS, cpu_model
 from pipeline.augment import random_flips, random_resized_crops
 from pipeline.decode import Decoder, available_cores
@@ -126,13 +126,6 @@ def trainer_of(config: PretrainConfig, device: torch.device) -> Callable[[TrainB
     optimizer = adamw(model, config.optim)
     run = Run(open_store("runs"), "benchmark", 1, device=device)
     return lambda batch: train_step(model, optimizer, batch, config, run)
-
-
-def resident_batch(config: PretrainConfig, device: torch.device) -> TrainBatch:
-    n, size = config.global_batch, config.model.image_size
-    images = torch.randint(256, (n, 3, size, size), dtype=torch.uint8, device=device)
-    ids = torch.arange(n)
-    return TrainBatch(images, ids, ids, torch.ones(n), {}, step=0, epoch=0, wait_s=0.0, storage_s=0.0)
 
 
 # ---- what is measured -----------------------------------------------------------------------------------------

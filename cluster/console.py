@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from pipeline.errors import UserError
+
 POLL_S = 0.5
 PLAIN_LINE_S = 5.0  # seconds between two lines where there is no terminal
 
@@ -60,6 +62,10 @@ class Mailbox:
 
     def is_stopping(self) -> bool:
         return self.stopping
+
+    def steps(self) -> int:
+        """How many are done."""
+        return self.reached
 
     def start(self) -> int:
         """The step at which the newest attempt began, -1 if none has."""
@@ -129,11 +135,13 @@ def _show(
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("starting workers", total=None)
         shown: tuple[int, float] = (-1, 0.0)
-        ending = False
+        ending, taken = False, None
         while not ending:
             ending = stop.wait(POLL_S)
+            taken = taken or mailbox.take.remote()
             try:
-                row, warnings, events = ray.get(mailbox.take.remote(), timeout=5)
+                row, warnings, events = ray.get(taken, timeout=5)
+                taken = None
             except ray.exceptions.GetTimeoutError:
                 continue
             except ray.exceptions.RayError:
@@ -141,8 +149,11 @@ def _show(
             for text in warnings:
                 console.print(f"warning: {text}", style="yellow")
             for event in events:
-                keep(event)
                 console.print(sentence(event))
+                try:
+                    keep(event)
+                except (UserError, OSError) as error:
+                    console.print(f"warning: this event is not kept ({error})", style="yellow")
             if row is None or row["step"] == shown[0]:
                 continue
             done, total = row["step"] + 1, row["total_steps"]

@@ -10,7 +10,7 @@ import shutil
 import signal
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -26,11 +26,13 @@ from rich.console import Console
 
 from cluster import notice
 from cluster.console import Mailbox, MailboxHandler, watch
-from cluster.elastic import ElasticTrainer, Left, describe, has_left, user_error, wish_of_this_worker
+from cluster.elastic import ElasticTrainer, wish_of_this_worker
+from cluster.failures import Left, describe, has_left, is_of_machines, user_error
 from pipeline.decode import available_cores
 from pipeline.errors import UserError
 from pipeline.manifest import Dataset, open_dataset
 from pipeline.storage import open_store
+from trainer.checkpoint import newest_commit
 from trainer.config import PretrainConfig, WorkersConfig
 from trainer.events import Events
 from trainer.lease import Lease
@@ -53,7 +55,7 @@ TUNING = {
 }
 for name, value in TUNING.items():
     os.environ.setdefault(name, value)
-# In the workers: a process group that has lost a member cannot be ended in order, so not for long (Ray waits 30 s).
+# For all of the job's processes: a process group that has lost a member cannot be ended in order, so not for long (Ray waits 30 s).
 WORKER_ENVIRONMENT = {"TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3"}
 
 
@@ -68,11 +70,13 @@ def train(config: PretrainConfig, data: str, out: str, console: Console, ledger:
     # A lease that is lost interrupts this process.
     with Lease(run.store, console.print, lambda: os.kill(os.getpid(), signal.SIGINT)) as lease:
         config, run = open_run(out, config, dataset)  # another owner may have been at it until now
-        run = replace(run, ledger=ledger)
+        run = replace(run, ledger=ledger, owner=lease.owner)
         try:
             _train(config, dataset, run, lease, console)
         except UserError as error:
-            write_failure(run, str(error))
+            if not lease.lost:
+                with suppress(UserError, OSError):  # if it cannot be written, it is still said
+                    write_failure(run, str(error))
             raise
         except KeyboardInterrupt:
             if lease.lost:
@@ -98,7 +102,7 @@ def _train(config: PretrainConfig, dataset: Dataset, run: Run, lease: Lease, con
     if reason := forget_failure(run.store):
         console.print(f"the last time it stopped, because {reason}", style="yellow")
     try:
-        _start_ray(config.workers)
+        _start_ray(config.workers, console)
         found_run(config, run, dataset)
         _fit(config, dataset.store.url, run, lease, console)
     finally:
@@ -109,7 +113,7 @@ def _how_many(workers: WorkersConfig) -> str:
     return f"{workers.max}" if workers.min == workers.max else f"{workers.min} to {workers.max}"
 
 
-def _start_ray(workers: WorkersConfig) -> None:
+def _start_ray(workers: WorkersConfig, console: Console) -> None:
     address = os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {
         "log_to_driver": False,
@@ -128,15 +132,11 @@ def _start_ray(workers: WorkersConfig) -> None:
             object_store_memory=128 * 2**20,
             **options,
         )
-    have = ray.cluster_resources()
-    if have.get("CPU", 0) < workers.min:
-        raise UserError(
-            f"{workers.min} workers need as many CPUs, the cluster has {have.get('CPU', 0):g}: lower workers"
-        )
-    if 0 < have.get("GPU", 0) < workers.min:
-        raise UserError(
-            f"{workers.min} workers need a GPU each, the cluster has {have['GPU']:g}: lower workers"
-        )
+    gpus = ray.cluster_resources().get("GPU", 0)
+    if not address and 0 < gpus < workers.min:
+        raise UserError(f"{workers.min} workers need a GPU each, this machine has {gpus:g}: lower workers")
+    if address and not gpus:
+        console.print("the cluster has no GPU now, so the workers will use CPUs")
 
 
 def _check_reachable(address: str) -> None:
@@ -156,6 +156,7 @@ def _fit(config: PretrainConfig, data: str, run: Run, lease: Lease, console: Con
     workers = config.workers
     trainer = ElasticTrainer(
         _worker,
+        run_id=run.run_id,
         mailbox=mailbox,
         train_loop_config={
             "config": config.model_dump(),
@@ -163,6 +164,7 @@ def _fit(config: PretrainConfig, data: str, run: Run, lease: Lease, console: Con
             "out": run.store.url,
             "run_id": run.run_id,
             "ledger": run.ledger,
+            "owner": run.owner,
             "mailbox": mailbox,
         },
         scaling_config=ray.train.ScalingConfig(
@@ -182,13 +184,25 @@ def _fit(config: PretrainConfig, data: str, run: Run, lease: Lease, console: Con
             trainer.fit()
     except ray.train.TrainingFailedError as error:
         if has_left(error):
-            console.print("stopped, and all work is saved: the same command again goes on from here")
+            console.print(_where_it_stopped(run, ray.get(mailbox.steps.remote())))
             raise KeyboardInterrupt from None
         raise _explained(error) from None
     finally:
-        run.store.remove(run.store.names(RAY_FOLDER))
-        if run.store.is_local:
-            shutil.rmtree(run.store.path(RAY_FOLDER), ignore_errors=True)
+        if not lease.lost:
+            with suppress(UserError, OSError):  # what is left of it does no harm
+                run.store.remove(run.store.names(RAY_FOLDER))
+            if run.store.is_local:
+                shutil.rmtree(run.store.path(RAY_FOLDER), ignore_errors=True)
+
+
+def _where_it_stopped(run: Run, steps: int) -> str:
+    committed = newest_commit(run.store)
+    if committed >= steps:
+        return f"stopped after step {committed}, and committed: the same command again goes on from there"
+    return (
+        f"stopped after step {steps}; the last commit is of step {committed}, so the same command again goes on from "
+        "there, or from what the machines still have of later steps"
+    )
 
 
 @contextmanager
@@ -219,7 +233,7 @@ def _explained(error: ray.train.TrainingFailedError) -> Exception:
         return mendable
     cause = describe(error)
     # Unless a worker died it is a mistake of ours, or of Ray: then it is of interest where it lies.
-    details = "" if cause.endswith("died") else f"\n{error}"
+    details = "" if is_of_machines(error) else f"\n{error}"
     return click.ClickException(f"{cause}{details}\nThe same command again goes on from the last commit.")
 
 
@@ -243,6 +257,7 @@ def _worker(job: dict[str, Any]) -> None:
         node=node,
         device=device,
         ledger=job["ledger"],
+        owner=job["owner"],
         wish=wish_of_this_worker,
         on_metrics=lambda row: mailbox.put.remote(row),
         on_begin=lambda *begun: mailbox.begin.remote(*begun),

@@ -100,6 +100,7 @@ class Fetcher:
         self.waiting: dict[int, Request] = {}
         self.requests = 0
         self.closing = False
+        self.failure: UserError | None = None  # for which no other process is started any more
         _allow_files()
         self._start()
         self.receiver = threading.Thread(target=self._receive, name="fetcher", daemon=True)
@@ -138,6 +139,9 @@ class Fetcher:
         future: Future[memoryview] = Future()
         if self.closing:
             future.cancel()
+            return future
+        if self.failure:
+            future.set_exception(self.failure)
             return future
         number, self.requests = self.requests, self.requests + 1
         line = json.dumps({"number": number, **request})
@@ -178,7 +182,13 @@ class Fetcher:
                     restarts = 0
             with self.lock:
                 status = self.process.wait()
-                if self.closing or restarts == RESTARTS:
+                if self.closing:
+                    break
+                if restarts == RESTARTS:
+                    self.failure = UserError(
+                        f"the fetcher process ends again and again (status {status}): see what it printed, "
+                        "and whether the machine has memory left"
+                    )
                     break
                 restarts += 1
                 log.warning("the fetcher process has ended (status %d): starting another", status)
@@ -186,15 +196,10 @@ class Fetcher:
                 for request in self.waiting.values():
                     self._send(request.line)
         for request in self.waiting.values():
-            if self.closing:
-                request.future.cancel()
+            if self.failure:
+                request.future.set_exception(self.failure)
             else:
-                request.future.set_exception(
-                    UserError(
-                        f"the fetcher process ends again and again (status {status}): see what it printed, "
-                        "and whether the machine has memory left"
-                    )
-                )
+                request.future.cancel()
 
     def _settle(self, answer: Answer) -> None:
         self.storage_bytes += answer.storage_bytes

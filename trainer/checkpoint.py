@@ -82,7 +82,7 @@ def check_finite(step: int, model: nn.Module) -> None:
 
 
 class Checkpointer:
-    """Writes checkpoints of one run, one at a time, and keeps the newest `keep`."""
+    """Writes checkpoints of one run, one at a time, and keeps those that the config says."""
 
     def __init__(self, run: Run, config: PretrainConfig, fingerprint: str) -> None:
         self.run = run
@@ -114,6 +114,7 @@ class Checkpointer:
     def _write(self, step: int, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor]) -> None:
         try:
             store, folder = self.run.store, _folder(step)
+            check_newest(self.run)
             _remove(store, [folder])  # of an attempt that died here
             for name, tensors in (("model", weights), ("optimizer", moments)):
                 with store.staging(f"{folder}/{name}.safetensors") as path:

@@ -1,7 +1,7 @@
 """What happened to a run: RUN/events.jsonl, a line of JSON for each start, failure and change of its workers.
 
-On object stores, which cannot append, RUN/events/<attempt>.jsonl: each owner of the run writes its own, whole, each
-time that something happens.
+On object stores, which cannot append, RUN/events/<attempt>-<owner>.jsonl: each owner of the run writes its own, whole,
+each time that something happens.
 """
 
 import json
@@ -18,7 +18,7 @@ class Events:
 
     def __init__(self, run: Run) -> None:
         self.store = run.store
-        self.name = f"events/{run.attempt:04d}.jsonl"
+        self.name = f"events/{run.attempt:04d}-{run.owner}.jsonl"
         self.lines: list[str] = []
 
     def keep(self, event: dict[str, Any]) -> None:
@@ -41,4 +41,4 @@ def read_events(store: Store) -> list[dict[str, Any]]:
                 found.append(json.loads(line))
             except ValueError:  # a line that a kill cut short
                 continue
-    return found
+    return sorted(found, key=lambda event: event["time"])

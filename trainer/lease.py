@@ -71,13 +71,19 @@ class Lease:
     def _beat(self) -> None:
         beat = 0
         while not self.ending.wait(BEAT_S):
-            now = _read(self.store)
-            if now is not None and now.get("owner") != self.owner:
-                self.lost = True
-                self.on_lost()
-                return
-            beat += 1
-            self._write(beat)
+            try:
+                now = _read(self.store)
+                if now is not None and now.get("owner") != self.owner:
+                    self.lost = True
+                    self.on_lost()
+                    return
+                beat += 1
+                self._write(beat)
+            except (
+                UserError,
+                OSError,
+            ):  # storage is gone for now; who takes over meanwhile is seen by the next beat
+                continue
 
     def _write(self, beat: int) -> None:
         text = {"owner": self.owner, "beat": beat, "host": socket.gethostname(), "pid": os.getpid()}

@@ -74,11 +74,12 @@ def pretrain(config: PretrainConfig, dataset: Dataset, run: Run) -> bool:
     start = _newest_commit(run)
     if start:
         check_state(run.store, start, run, dataset.fingerprint, config)
-        load_weights(run.store, start, model)
-        load_optimizer(run.store, start, model, optimizer)
     unsaved: list[dict[str, Any]] = []  # rows of metrics that are in no commit
     if found := restore(run, config, start, model, optimizer):
         start, unsaved = found
+    elif start:
+        load_weights(run.store, start, model)
+        load_optimizer(run.store, start, model, optimizer)
     run = begin_attempt(run, start)
 
     # ---- data, and where to report
@@ -131,7 +132,7 @@ def pretrain(config: PretrainConfig, dataset: Dataset, run: Run) -> bool:
             run.on_step(done)
         last = done == total_steps
         due = config.checkpoint.every_steps and done % config.checkpoint.every_steps == 0
-        hot = snapshots.due(done)
+        hot = snapshots.due(done) and not last
         leave = vote.cast(run.wish())
         if not (done % config.log_every == 0 or due or hot or last or leave):
             continue
@@ -149,6 +150,7 @@ def pretrain(config: PretrainConfig, dataset: Dataset, run: Run) -> bool:
         now = time.perf_counter()
         rows = rows_of(pending, losses, bad, now - looked, config.global_batch, run)
         pending.clear()
+        looked = now
         unsaved += rows
         if metrics is not None:
             metrics.write(rows)
@@ -164,7 +166,6 @@ def pretrain(config: PretrainConfig, dataset: Dataset, run: Run) -> bool:
         if hot:
             snapshots.take(done, model, optimizer, unsaved, committed)
             unsaved = [row for row in unsaved if row["step"] >= snapshots.committed]
-        looked = time.perf_counter()
 
     # ---- leave: at once, or at the end
     if not last:

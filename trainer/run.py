@@ -4,6 +4,8 @@ RUN/config.yaml          the config, with B, V, K as fixed
 RUN/run.json             run id, dataset fingerprint, and at which step each attempt began
 RUN/failed.json          what stopped the newest attempt, if that is for a person to mend
 RUN/lease.json           whose the run is, see trainer.lease
+RUN/events.jsonl         what became of its workers, see trainer.events
+RUN/bad-samples.json     see trainer.bad_samples
 RUN/metrics.jsonl        a row a step (on object stores: RUN/metrics/, see trainer.metrics)
 RUN/checkpoints/step-…/  see trainer.checkpoint
 RUN/tensorboard/  RUN/pictures/
@@ -44,6 +46,7 @@ class Run:
     world_size: int = 1
     node: str = "local"  # which machine it is on
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    owner: str = ""  # who has to own the folder, see trainer.lease; "": nobody need
     ledger: bool = False  # whether metrics name the samples of each step
     wish: Callable[[], Wish] = lambda: Wish.GO_ON  # what this worker has been told
     # For the console; rank 0 only.
@@ -141,6 +144,7 @@ def begin_attempt(run: Run, start: int) -> Run:
     """The next attempt of a run, from step `start` on: older ones are refused from now on. Call it on every rank."""
     attempt = torch.tensor(0, device=run.device)
     if run.rank == 0:
+        check_owner(run)
         _, fingerprint, starts = _read_run(run.store)
         _write_run(run, fingerprint, [*starts, start])
         attempt += len(starts) + 1
@@ -150,8 +154,21 @@ def begin_attempt(run: Run, start: int) -> Run:
     return replace(run, attempt=int(attempt))
 
 
+def check_owner(run: Run) -> None:
+    """UserError if the folder is another's now."""
+    if not run.owner:
+        return
+    try:
+        owner = json.loads(run.store.read(LEASE)).get("owner")
+    except (FileNotFoundError, ValueError, AttributeError):
+        owner = None
+    if owner != run.owner:
+        raise UserError(f"somebody else has taken {run.store.url} over")
+
+
 def check_newest(run: Run) -> None:
-    """UserError if a newer attempt has begun: this one may write nothing any more."""
+    """UserError if a newer attempt has begun, or another owner is there: this one may write nothing any more."""
+    check_owner(run)
     newest = len(read_starts(run.store))
     if newest != run.attempt:
         raise UserError(f"attempt {newest} of {run.store.url} has taken over from attempt {run.attempt}")
@@ -165,7 +182,7 @@ def read_starts(store: Store) -> list[int]:
 def in_history(starts: Sequence[int], attempt: int, step: int) -> bool:
     """Whether the weights of the newest attempt descend from step `step` (counted from 0) of attempt `attempt`
     (from 1): no attempt after it began at that step or before (DESIGN.md, promise 3)."""
-    return all(start > step for start in starts[attempt:])
+    return attempt <= len(starts) and all(start > step for start in starts[attempt:])
 
 
 def write_failure(run: Run, reason: str) -> None:

@@ -192,7 +192,7 @@ def restore(
     if best <= commit:
         return None
     source = next(rank for rank, s in enumerate(steps) if int(s) == best)
-    state = load_file(path) if path and run.rank == source else {}
+    state = _load(path, best) if path and run.rank == source else {}
     if run.world_size > 1:
         state = _send(state, source, run)
     rows = _from_bytes(state.pop(ROWS))
@@ -204,7 +204,7 @@ def restore(
 
 def _newest(run: Run, config: PretrainConfig) -> tuple[Path | None, int]:
     """The newest whole snapshot on this machine that belongs to the run's history, and its step; -1 if there is none."""
-    if config.checkpoint.snapshots is None:
+    if config.checkpoint.snapshots is None or not _is_first_on_its_node(run):
         return None, -1
     best: tuple[Path | None, int] = None, -1
     starts, digest = read_starts(run.store), config_digest(config)
@@ -225,6 +225,13 @@ def _tags(path: Path) -> dict[str, str] | None:
             return dict(file.metadata() or {})
     except (OSError, SafetensorError):
         return None
+
+
+def _load(path: Path, step: int) -> dict[str, torch.Tensor]:
+    with safe_open(path, "pt") as file:
+        if int(file.metadata()["step"]) != step:  # workers of the attempt before are not all dead yet
+            raise RuntimeError(f"{path} was written anew while it was looked at")
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
 
 
 def _is_whole(path: Path, tags: dict[str, str]) -> bool:
@@ -292,6 +299,6 @@ def _clear(base: Path, own: Path) -> None:
     """Remove what runs left that were killed for good."""
     for other in base.glob("maestream-*/"):
         with contextlib.suppress(OSError):
-            states = [path.stat().st_mtime for path in other.glob("*/*")]
-            if other != own and time.time() - max(states, default=0) > FORGOTTEN_S:
+            times = [path.stat().st_mtime for path in (other, *other.glob("*/*"))]
+            if other != own and time.time() - max(times) > FORGOTTEN_S:
                 shutil.rmtree(other, ignore_errors=True)

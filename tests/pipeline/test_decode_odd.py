@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from odd_images import picture, saved, zoo
 
-from pipeline.decode import Decoder, make_decoder
+from pipeline.decode import Decoder, DecoderName, Encoded, make_decoder
 from pipeline.decode import cpu as cpu_module
 
 SIZE = 64
@@ -19,13 +19,13 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @cache
-def decoder(name: str, size: int = SIZE) -> Decoder:
+def decoder(name: DecoderName, size: int = SIZE) -> Decoder:
     if name == "dali":
         pytest.importorskip("nvidia.dali")
-    return make_decoder(name, size, 1)  # type: ignore[arg-type]
+    return make_decoder(name, size, 1)
 
 
-def one(decoder: Decoder, image: bytes, box: Box, flip: bool = False) -> np.ndarray | None:
+def one(decoder: Decoder, image: Encoded, box: Box, flip: bool = False) -> np.ndarray | None:
     """float[3, size, size], or None for a bad sample."""
     decoded = decoder([image], np.array([box]), np.array([flip]))
     if decoded.bad:
@@ -163,7 +163,7 @@ def test_damage_anywhere_gives_pixels_or_a_bad_sample(kind: str, at: float, dama
 
 def test_the_bytes_may_be_views_and_empty() -> None:
     image, box = zoo()["baseline 4:2:0"], (20, 33, 150, 190)
-    view = one(decoder("cpu"), memoryview(b"xx" + image)[2:], box)  # type: ignore[arg-type]
+    view = one(decoder("cpu"), memoryview(b"xx" + image)[2:], box)
     assert view is not None
     assert (view == one(decoder("cpu"), image, box)).all()
     assert one(decoder("cpu"), b"", box) is None

@@ -1,10 +1,7 @@
 """Tars made by others get the same index as ours, from few bytes; what is damaged is named, never lost silently."""
 
-import base64
-import io
 import json
 import os
-import random
 import shutil
 import subprocess
 import tarfile
@@ -16,86 +13,14 @@ import numpy as np
 import pytest
 import webdataset
 from conftest import build_dataset
-from crc32c import crc32c
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from foreign_tars import WEBP, Files, check, expected, index, noise, pack, picture, refused, samples
 from PIL import Image
 
 from pipeline.errors import UserError
-from pipeline.foreign import Indexed, find_shards, index_shards
 from pipeline.manifest import Dataset, open_dataset
 from pipeline.shards import build, verify
 from pipeline.sources import open_source
 from pipeline.storage import Store, open_store
-
-WEBP = base64.b64decode("UklGRiQAAABXRUJQVlA4IBgAAAAwAQCdASoBAAEAAwA0JaQAA3AA/vuUAAA=")  # 1 × 1
-Files = dict[str, bytes]
-
-
-def picture(i: int, kind: str = "JPEG", size: int = 8, **options: object) -> bytes:
-    """A picture of `size` + i by `size` pixels."""
-    buffer = io.BytesIO()
-    Image.new("RGB", (size + i, size), (i % 256, 99, 7)).save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def noise(seed: int, size: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.frombytes("RGB", (size, size), random.Random(seed).randbytes(3 * size * size)).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
-def pack(path: Path, files: Files, format: int = tarfile.PAX_FORMAT, pax: dict | None = None) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=format) as tar:
-        for name, data in files.items():
-            member = tarfile.TarInfo(name)
-            member.size, member.pax_headers = len(data), pax or {}
-            tar.addfile(member, io.BytesIO(data))
-    return path
-
-
-def samples(keys: list[str], first: int = 0) -> Files:
-    return {
-        f"{key}.{ext}": picture(i) if ext == "jpg" else str(i % 3).encode()
-        for i, key in enumerate(keys, first)
-        for ext in ("cls", "jpg")
-    }
-
-
-def index(url: Path | str, to: Path | str | None = None, **options: bool) -> Indexed:
-    store = open_store(str(url))
-    return index_shards(store, find_shards(store), open_store(str(to or url)), **options)
-
-
-def refused(url: Path | str, **options: bool) -> str:
-    with pytest.raises(UserError) as caught:
-        index(url, **options)
-    return str(caught.value)
-
-
-def check(dataset: Dataset) -> dict[str, tuple[bytes, int]]:
-    """Image and label of each key, cut out of the tars where the index says; sizes and checksums are right."""
-    located = dataset.locate(np.arange(dataset.samples))
-    found = {}
-    for i, key in enumerate(dataset.keys(np.arange(dataset.samples))):
-        name = dataset.shard_name(int(located.shard[i]))
-        data = dataset.shard_store.read_range(name, int(located.offset[i]), int(located.size[i]))
-        if data[:4] != b"RIFF":
-            with Image.open(io.BytesIO(data)) as image:
-                assert image.size == (located.width[i], located.height[i])
-        assert located.crc32c[i] == (crc32c(data) if dataset.manifest.checksums else 0)
-        found[key] = (data, int(located.label[i]))
-    assert len(found) == dataset.samples
-    return found
-
-
-def expected(files: Files) -> dict[str, tuple[bytes, int]]:
-    return {
-        name.removesuffix(".jpg"): (data, int(files[name.removesuffix("jpg") + "cls"]))
-        for name, data in files.items()
-        if name.endswith(".jpg")
-    }
 
 
 def test_shards_of_webdatasets_own_writer(tmp_path: Path) -> None:
@@ -232,118 +157,6 @@ def test_labels_are_numbers_or_names_or_none(tmp_path: Path) -> None:
     ]:
         pack(tmp_path / "a.tar", {"0.jpg": picture(0), **data})
         assert message in refused(tmp_path, overwrite=True)
-
-
-def broken_header(data: bytes, name: bytes) -> bytes:
-    at = data.index(name)
-    return data[:at] + b"\xff" + data[at + 1 :]
-
-
-DAMAGED: dict[str, tuple[dict, str]] = {  # name of the tar → what is in it between two sound samples, message
-    "empty": ({"m.jpg": b""}, "m at byte 2560: m.jpg: it is empty"),
-    "text": ({"m.jpg": b"hello"}, "it is no JPEG, PNG or WebP"),
-    "torn": ({"m.png": picture(0, "PNG")[:20]}, "m.png: "),
-    "twice": ({"m.jpg": picture(0), "m.JPG": picture(1)}, "two files .jpg"),
-    "apart": ({"m.txt": b"", "a.txt": b"again"}, "a at byte 3072: the key is there already, at byte 0"),
-    "absolute": ({"/m.jpg": picture(0)}, "/m.jpg is absolute"),
-    "above": ({"../m.jpg": picture(0)}, "../m.jpg is absolute or has .."),
-    "hidden": ({"m\u202e.jpg": picture(0)}, "not printable"),
-    "link": ({"m.jpg": tarfile.SYMTYPE}, "m.jpg is a link to a.jpg"),
-    "hard": ({"m.jpg": tarfile.LNKTYPE}, "m.jpg is a link to a.jpg"),
-    "pipe": ({"m.jpg": tarfile.FIFOTYPE}, "m.jpg is not a file"),
-    "sparse": ({"m.jpg": tarfile.GNUTYPE_SPARSE}, "m.jpg is a sparse file"),
-}
-
-
-@pytest.mark.parametrize("name", DAMAGED)
-def test_a_damaged_sample_is_refused_or_left_out(tmp_path: Path, name: str) -> None:
-    files, message = DAMAGED[name]
-    with tarfile.open(tmp_path / "x.tar", "w") as tar:
-        for file, data in {**samples(["a"]), **files, **samples(["z"], 1)}.items():
-            member = tarfile.TarInfo(file)
-            if file in files and len(data) == 1:
-                member.type, member.linkname = data, "a.jpg"
-            else:
-                member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    said = refused(tmp_path)
-    assert message in said
-    assert "x.tar: " in said
-    assert " at byte " in said
-    assert "--skip-damaged" in said
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.tar"]  # nothing is written
-    found = index(tmp_path, skip_damaged=True)
-    assert found.left_out.count == 1
-    assert message in found.left_out.named[0]
-    assert check(open_dataset(str(tmp_path))) == expected({**samples(["a"]), **samples(["z"], 1)})
-
-
-def test_where_a_tar_ends_too_early_is_said(tmp_path: Path) -> None:
-    whole = pack(tmp_path / "x.tar", samples(["a", "b", "c"])).read_bytes()
-    with tarfile.open(tmp_path / "x.tar") as tar:
-        second = next(m for m in tar if m.name == "b.jpg")
-        end = 512 * (-(-(second.offset_data + second.size) // 512))
-    ours = {key: value for key, value in expected(samples(["a", "b", "c"])).items() if key == "a"}
-    tail = {
-        "in the middle of b.jpg": whole[: second.offset_data + 100],
-        "no end mark": whole[:end],
-        "at byte": whole[: end + 100],
-        "is damaged": broken_header(whole, b"b.jpg"),
-        "after its end mark": whole[: second.offset] + b"\0" * 512 + whole[second.offset + 512 :],
-    }
-    for message, data in tail.items():
-        (tmp_path / "x.tar").write_bytes(data)
-        said = refused(tmp_path, overwrite=True)
-        assert message in said
-        assert "in or after b at byte" in said
-        assert str(second.offset if "mark at" in said or "damaged," in said else len(data)) in said
-        found = index(tmp_path, skip_damaged=True, overwrite=True, checksums=True)
-        assert found.left_out.count == 1
-        dataset = open_dataset(str(tmp_path))
-        assert check(dataset) == ours, message
-        assert verify(dataset) == []  # the digest is that of the whole file all the same
-    (tmp_path / "x.tar").write_bytes(b"")
-    assert "x.tar: it is empty" in refused(tmp_path, overwrite=True)
-    (tmp_path / "x.tar").write_bytes(b"hello" * 500)
-    assert "x.tar: it is not a tar" in refused(tmp_path, overwrite=True)
-
-
-@pytest.fixture(scope="module")
-def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes, list[int], dict]:
-    """Folder, bytes, header offsets and samples of a tar with GNU long names."""
-    folder = tmp_path_factory.mktemp("mixed")
-    files = samples([f"f/{i}" * (40 if i % 4 == 3 else 1) for i in range(10)])
-    whole = pack(folder / "x.tar", files, tarfile.GNU_FORMAT).read_bytes()
-    with tarfile.open(folder / "x.tar") as tar:
-        offsets = [o for m in tar for o in {m.offset, m.offset_data - 512}]
-    return folder, whole, offsets, expected(files)
-
-
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_no_sample_is_lost_silently(mixed: tuple[Path, bytes, list[int], dict], data: st.DataObject) -> None:
-    """A tar cut anywhere, or with a bit of a header flipped: the index is right, or the message names the tar."""
-    folder, whole, offsets, sound = mixed
-    if data.draw(st.booleans()):
-        changed = whole[: data.draw(st.integers(0, len(whole)))]
-    else:
-        at = data.draw(st.sampled_from(offsets)) + data.draw(st.integers(0, 511))
-        changed = whole[:at] + bytes([whole[at] ^ 1 << data.draw(st.integers(0, 7))]) + whole[at + 1 :]
-    (folder / "x.tar").write_bytes(changed)
-    try:
-        index(folder, overwrite=True)
-    except UserError as error:
-        assert "x.tar: it" in str(error) or "x.tar: the header" in str(error)  # noqa: PT017
-    else:
-        assert check(open_dataset(str(folder))) == sound
-    try:
-        found = index(folder, overwrite=True, skip_damaged=True)
-    except UserError as error:
-        assert "no image in 1 tars" in str(error)  # noqa: PT017
-    else:
-        kept = check(open_dataset(str(folder)))
-        assert kept.items() <= sound.items()
-        assert len(kept) == len(sound) or found.left_out.count
 
 
 def test_compressed_tars_are_refused_by_name_and_by_content(tmp_path: Path) -> None:

@@ -302,7 +302,9 @@ def test_a_fetcher_that_cannot_live_is_one_message(noise: Dataset, monkeypatch: 
     monkeypatch.setattr("sys.executable", "/bin/false")
     fetcher = Fetcher(noise.store.url, noise.store.url)
     with pytest.raises(UserError, match="ends again and again"):
-        fetcher.ranges([Range(noise.shard_name(0), 0, 10, 0, 0, 0)], keep=False).result(30)
+        fetcher.ranges([Range(noise.shard_name(0), 0, 10, 0, 0, 0)], keep=False).result(60)
+    with pytest.raises(UserError, match="ends again and again"):  # also who asks later
+        fetcher.whole("manifest.json").result(60)
     fetcher.close()
     assert RESTARTS < 10
 

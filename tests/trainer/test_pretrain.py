@@ -132,6 +132,20 @@ def test_all_leave_after_the_same_step_and_nothing_is_redone(
     assert not Path("/dev/shm/maestream-test").exists()
 
 
+def test_a_deleted_run_folder_and_the_same_name_again_start_from_zero(
+    scenes: Dataset, tmp_path: Path
+) -> None:
+    out, changes = tmp_path / "run", {"checkpoint": {"snapshots": str(tmp_path)}}
+    config, run = open_run(str(out), config_of(**changes), scenes)
+    found_run(config, run, scenes)
+    assert not pretrain(config, scenes, replace(run, wish=told_after(7, Wish.MOVE)))
+    assert len(list(tmp_path.glob("maestream-*"))) == 1  # it would go on from there
+    shutil.rmtree(out)
+    run = train(scenes, out, **changes)
+    assert read_starts(run.store) == [0]
+    assert len(losses(out)) == 30
+
+
 def test_told_before_the_end_it_ends(scenes: Dataset, tmp_path: Path) -> None:
     config, run = open_run(str(tmp_path / "run"), config_of(), scenes)
     found_run(config, run, scenes)

@@ -171,7 +171,8 @@ def _survivor(rank: int, world_size: int, folder: str, expected: str) -> None:
     base = Path(folder)
     state = make_state(90 + rank)
     config = config_in(base / f"machine-{rank}")
-    got = restore(make_run(base, rank=rank, world_size=world_size), config, 2, *state)
+    run = make_run(base, rank=rank, world_size=world_size, node=f"machine-{rank}")
+    got = restore(run, config, 2, *state)
     assert got == (9, ROWS)
     assert digest(*state) == expected
     dist.destroy_process_group()
