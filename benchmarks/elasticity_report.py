@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shlex
+import statistics
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,7 @@ class Outcome:
     cost: Cost | None  # None if it did not come as far as the fault
     apart: float | None = None  # ours: largest difference of the final parameters; stock: of the losses
     failure: str = ""  # why it did not recover, or not finish
+    others: float = 0.0  # processes besides the benchmark's that wanted a core, on average
 
     def __str__(self) -> str:
         if self.failure:
@@ -94,16 +96,23 @@ def rows(result: dict[str, Any]) -> list[list[str]]:
     return table
 
 
-def write_report(result: dict[str, Any], explained: str, console: Console) -> None:
-    """Args: explained: what the columns mean."""
+def write_report(result: dict[str, Any], explained: str | None, console: Console) -> None:
+    """Args: explained: what the columns mean; None: print the table, and write no file."""
     table, now = rows(result), datetime.datetime.now(datetime.UTC)
     shown = Table(*COLUMNS)
     for row in table:
         shown.add_row(*row)
     console.print(shown)
     kept = [kept for found in result.values() for kept in found["bars"].values()]
-    line = f"{sum(kept)} of {len(kept)} bars kept."
-    console.print(line)
+    others = [found[side]["others"] for found in result.values() for side in found.keys() - {"bars"}]
+    lines = [
+        f"{sum(kept)} of {len(kept)} bars kept.",
+        f"Besides the benchmark's own, {statistics.median(others):.1f} processes wanted a core in the median of these "
+        f"runs, {max(others):.1f} at most.",
+    ]
+    console.print("\n".join(lines))
+    if explained is None:
+        return
 
     command = shlex.join(["python", "-m", "benchmarks.elasticity", *sys.argv[1:]])
     machine = {"cpu": cpu_model(), "cores": len(os.sched_getaffinity(0))}
@@ -116,7 +125,7 @@ def write_report(result: dict[str, Any], explained: str, console: Console) -> No
         "|---|---|---|" + "--:|" * (len(COLUMNS) - 4) + "---|",
         *("| " + " | ".join(row) + " |" for row in table),
         "",
-        line,
+        *lines,
         "",
         explained,
     ]
