@@ -1,6 +1,6 @@
 """What it costs when workers and nodes come and go: `maestream pretrain` beside stock Ray Train, with the same faults.
 
-    python -m benchmarks.elasticity [--scenario "raylet killed"]… [--no-stock]
+    python -m benchmarks.elasticity [--scenario "raylet SIGKILL"]… [--no-stock]
 
 Each scenario starts a fresh cluster on this machine (a head without CPUs, nodes of one CPU, see benchmarks.raylets),
 trains the same small MAE in float64 with as many workers as there are, up to three, does something to the cluster after
@@ -20,18 +20,15 @@ Results go to benchmarks/results/<date>-elasticity.md and .json; a first run of 
 """
 
 import contextlib
-import json
 import math
 import shutil
 import signal
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import click
@@ -39,13 +36,15 @@ import torch
 import yaml
 from rich.console import Console
 
-from benchmarks.elasticity_report import Bars, Cost, Outcome, verdicts, write_report
-from benchmarks.raylets import ROOT, Node, Raylets, descendants, has_open, kill, running_others, wait_until
-from benchmarks.stock import STEPS
+from benchmarks import faults
+from benchmarks.elasticity_report import Bars, Outcome, verdicts, write_report
+from benchmarks.faults import Job, Stage, run_id
+from benchmarks.raylets import Raylets
+from benchmarks.steps import Step, cost
 from pipeline.manifest import Dataset, open_dataset
 from pipeline.storage import open_store
 from trainer.config import PretrainConfig, load_config
-from trainer.metrics import METRICS, read_metrics
+from trainer.metrics import read_metrics
 from trainer.pretrain import pretrain
 from trainer.run import Run, found_run, open_run
 
@@ -54,9 +53,6 @@ SAMPLES, BATCH, TOTAL_STEPS = 480, 48, 600
 HIT_STEPS = 65  # between two checkpoints of stock, and after a commit of ours
 COMMIT_STEPS = 50
 AFTER_STEPS = 20  # new steps, and it has recovered
-PATIENCE_S = 240.0  # for a recovery, before it counts as none
-NOTICE_S = 30  # as GCP and Azure give, and `ray start` on SIGTERM
-STOP_S = {"ours": 60.0, "stock": 3.0}  # RAY_JOB_STOP_WAIT_TIME_S: as our README says, and as Ray has it
 HEAD = {
     "ours": {
         "RAY_health_check_period_ms": "1000",
@@ -81,216 +77,6 @@ RECIPE = {
 }  # fmt: skip
 
 
-# ---- watching
-
-
-@dataclass(frozen=True)
-class Step:
-    at: float  # time.monotonic, when it was seen
-    attempt: int
-    step: int
-    world_size: int
-    loss: float
-
-
-class Watch:
-    """Reads the file that gets a row a step, as it grows.
-
-    `steps` has each (attempt, step) once, in order; `others`, for each second, how many processes besides this benchmark's
-    wanted a core.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.steps: list[Step] = []
-        self.others: list[int] = []
-        self.ending = threading.Event()
-        self.thread = threading.Thread(target=self._read, name="watch", daemon=True)
-        self.thread.start()
-        threading.Thread(target=self._look_around, name="others", daemon=True).start()
-
-    def _look_around(self) -> None:
-        while not self.ending.wait(1):
-            self.others.append(len(running_others()))
-
-    def _read(self) -> None:
-        seen: set[tuple[int, int]] = set()
-        while not self.path.exists():
-            if self.ending.wait(0.02):
-                return
-        with self.path.open() as file:
-            part = ""
-            while not self.ending.wait(0.02):
-                *lines, part = (part + file.read()).split("\n")
-                at = time.monotonic()
-                for line in lines:
-                    with contextlib.suppress(ValueError):  # a line that a kill cut short
-                        row = json.loads(line)
-                        if (row["attempt"], row["step"]) not in seen:
-                            seen.add((row["attempt"], row["step"]))
-                            self.steps.append(
-                                Step(at, row["attempt"], row["step"], row["world_size"], row["loss"])
-                            )
-
-    def close(self) -> None:
-        self.ending.set()
-        self.thread.join()
-
-
-def cost(steps: list[Step], hit_at: float) -> Cost:
-    """What a fault at `hit_at` has cost."""
-    untouched = [step for step in steps if step.at <= hit_at]
-    sizes, gap_s, lost_s, redone = [untouched[-1].world_size], 0.0, 0.0, 0
-    furthest, lost_since = untouched[-1].step, None
-    for before, now in pairwise(steps[len(untouched) - 1 :]):
-        if now.attempt != before.attempt:
-            gap_s += now.at - before.at
-            sizes.append(now.world_size)
-            lost_since = before.at if lost_since is None else lost_since
-        if now.step <= furthest:
-            redone += 1
-        elif lost_since is not None:
-            lost_s, lost_since = lost_s + now.at - lost_since, None
-        furthest = max(furthest, now.step)
-    rate = (len(untouched) - 1) / (untouched[-1].at - untouched[0].at)
-    return Cost(sizes, len(sizes) - 1, round(gap_s, 1), redone, round(lost_s, 1), round(rate, 1))
-
-
-# ---- what is done to a cluster
-
-
-class Job:
-    """The command of one side, which can be stopped and started again.
-
-    Args:
-        out: its folder; it is empty.
-    """
-
-    def __init__(
-        self, side: str, command: list[str], out: Path, log: Path, environment: dict[str, str]
-    ) -> None:
-        self.side, self.command, self.out, self.log, self.environment = side, command, out, log, environment
-        self.watch = Watch(out / (METRICS if side == "ours" else STEPS))
-        self.start()
-
-    def start(self) -> None:
-        with self.log.open("ab") as file:
-            self.process = subprocess.Popen(
-                self.command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=self.environment,
-                cwd=ROOT, start_new_session=True,
-            )  # fmt: skip
-
-    def check_alive(self) -> None:
-        if self.process.poll() is not None:
-            raise RuntimeError(f"it ended with {self.process.returncode}: {self.log.read_text()[-1500:]}")
-
-    def wait_for_steps(self, enough: Callable[[list[Step]], bool], what: str) -> None:
-        def look() -> bool:
-            if enough(self.watch.steps):
-                return True
-            self.check_alive()
-            return False
-
-        wait_until(look, PATIENCE_S, what)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What a fault is given."""
-
-    cluster: Raylets
-    job: Job
-
-    def leader(self) -> int:
-        """Pid of rank 0: it alone writes."""
-        workers = [pid for node in self.cluster.nodes for pid in node.train_workers()]
-        return next(pid for pid in workers if has_open(pid, self.job.out))
-
-    def node(self, of_leader: bool) -> Node:
-        """Rank 0's node, or another."""
-        leader = self.leader()
-        return next(n for n in self.cluster.nodes if (leader in descendants(n.raylet)) == of_leader)
-
-    def follower(self) -> int:
-        """Pid of a worker that is not rank 0."""
-        return self.node(of_leader=False).train_workers()[0]
-
-    def forget(self, *nodes: Node) -> None:
-        """Delete the snapshots of nodes that are gone."""
-        for node in nodes:
-            for folder in Path("/dev/shm").glob(f"maestream-{run_id(self.job.out)}/{node.node_id}"):
-                shutil.rmtree(folder)
-
-    def kill_node(self, node: Node) -> None:
-        self.cluster.kill(node)
-        self.forget(node)
-
-
-def run_id(out: Path) -> str:
-    """Stock has none."""
-    path = out / "run.json"
-    return str(json.loads(path.read_text())["run_id"]) if path.exists() else "none"
-
-
-def kill_worker(stage: Stage) -> None:
-    kill(stage.follower())
-
-
-def stop_worker(stage: Stage) -> None:
-    kill(stage.follower(), sig=signal.SIGSTOP)
-
-
-def kill_raylet(stage: Stage) -> None:
-    stage.kill_node(stage.node(of_leader=False))
-
-
-def kill_leaders_raylet(stage: Stage) -> None:
-    stage.kill_node(stage.node(of_leader=True))
-
-
-def give_notice(stage: Stage) -> None:
-    """As a cloud: the node is gone when the time is over, whether it has been left or not."""
-    node, begin = stage.node(of_leader=True), time.monotonic()
-    stage.cluster.notice(node, NOTICE_S)
-    time.sleep(begin + NOTICE_S - time.monotonic())
-    stage.kill_node(node)
-
-
-def terminate_node(stage: Stage) -> None:
-    node = stage.node(of_leader=True)
-    stage.cluster.terminate(node, NOTICE_S + 10)
-    stage.forget(node)
-
-
-def add_node(stage: Stage) -> None:
-    stage.cluster.add()
-
-
-def lose_all_nodes(stage: Stage) -> None:
-    gone = list(stage.cluster.nodes)
-    kill(*(node.raylet for node in gone))
-    for node in gone:
-        stage.cluster.kill(node)
-    stage.forget(*gone)
-    stage.cluster.add(len(gone))
-
-
-def kill_driver(stage: Stage) -> None:
-    stage.job.process.kill()
-    stage.job.process.wait()
-    stage.job.start()
-
-
-def stop_job(stage: Stage) -> None:
-    stage.job.process.terminate()
-    try:
-        stage.job.process.wait(STOP_S[stage.job.side])
-    except subprocess.TimeoutExpired:
-        stage.job.process.kill()
-        stage.job.process.wait()
-    stage.job.start()
-
-
 @dataclass(frozen=True)
 class Scenario:
     title: str
@@ -301,20 +87,17 @@ class Scenario:
 
 
 SCENARIOS = (
-    Scenario("worker SIGKILL", kill_worker, Bars(redone=10, of_stock=1)),
-    Scenario("worker SIGSTOP", stop_worker, Bars(gap_s=30)),
-    Scenario("raylet SIGKILL", kill_raylet, Bars(redone=10, of_stock=1 / 3)),
-    Scenario("raylet SIGKILL, rank 0's", kill_leaders_raylet, Bars(redone=10, of_stock=1 / 3)),
-    Scenario(f"drain, {NOTICE_S} s notice", give_notice, Bars(redone=0)),
-    Scenario("SIGTERM of ray start --block", terminate_node, Bars(redone=0)),
-    Scenario("node added", add_node, Bars(redone=0), nodes=2, ends_with=3),
-    Scenario("all nodes lost, others come", lose_all_nodes, Bars(redone=COMMIT_STEPS)),
-    Scenario("driver SIGKILL, same command", kill_driver, Bars()),
-    Scenario("job stop, same command", stop_job, Bars(redone=0)),
+    Scenario("worker SIGKILL", faults.kill_worker, Bars(redone=10, of_stock=1)),
+    Scenario("worker SIGSTOP", faults.stop_worker, Bars(gap_s=30)),
+    Scenario("raylet SIGKILL", faults.kill_raylet, Bars(redone=10, of_stock=1 / 3)),
+    Scenario("raylet SIGKILL, rank 0's", faults.kill_leaders_raylet, Bars(redone=10, of_stock=1 / 3)),
+    Scenario(f"drain, {faults.NOTICE_S} s notice", faults.give_notice, Bars(redone=0)),
+    Scenario("SIGTERM of ray start --block", faults.terminate_node, Bars(redone=0)),
+    Scenario("node added", faults.add_node, Bars(redone=0), nodes=2, ends_with=3),
+    Scenario("all nodes lost, others come", faults.lose_all_nodes, Bars(redone=COMMIT_STEPS)),
+    Scenario("driver SIGKILL, same command", faults.kill_driver, Bars()),
+    Scenario("job stop, same command", faults.stop_job, Bars(redone=0)),
 )
-
-
-# ---- playing a scenario
 
 
 @dataclass(frozen=True)
@@ -395,7 +178,7 @@ def play(side: str, scenario: Scenario, setup: Setup) -> Outcome:
 
             job.wait_for_steps(recovered, "recovery")
             if side == "ours":
-                if job.process.wait(PATIENCE_S + TOTAL_STEPS):
+                if job.process.wait(faults.PATIENCE_S + TOTAL_STEPS):
                     job.check_alive()
                 apart = parameters_apart(job.out, setup.reference)
             else:

@@ -174,7 +174,7 @@ class Raylets:
         log = self.logs / f"node-{self.started}.log"
         self.started += 1
         own = ["--block", "--min-worker-port=0", "--max-worker-port=0"]
-        command = [RAY, "start", *settings, *own, f"--object-store-memory={OBJECT_STORE_BYTES}"]
+        command = [str(RAY), "start", *settings, *own, f"--object-store-memory={OBJECT_STORE_BYTES}"]
         with log.open("wb") as file:
             starter = subprocess.Popen(
                 command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=environment,
