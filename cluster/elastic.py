@@ -82,7 +82,9 @@ class AsManyAsThereIsRoomFor(ElasticScalingPolicy):
         super().__init__(scaling_config)
         self.run_id, self.mailbox = run_id, mailbox
         self.told = Wish.GO_ON  # what the workers that train now have been told
-        self.released_at = time.monotonic()  # when a group before, or the run's driver before, let go what it held
+        self.released_at = (
+            time.monotonic()
+        )  # when a group before, or the run's driver before, let go what it held
         self.waits = False  # for room
         self.room, self.room_since = 0, 0.0  # for so many workers, and since when
         self.held: Room = {}  # by the workers that train now, or did: Ray ends them when it starts the next
