@@ -21,6 +21,7 @@ from fault_proxy import SLOW_DOWN, fault_proxy
 from ray.cluster_utils import Cluster
 from ray.train import ScalingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from run_control import kill, running, wait_until, workers_of
 from safetensors.torch import load
 
 from cluster import elastic, failures, notice
@@ -28,7 +29,6 @@ from cluster.console import Mailbox
 from cluster.train import TUNING
 from pipeline.manifest import Dataset
 from pipeline.storage import Store, open_store
-from runs import kill, running, wait_until, workers_of
 from trainer.checkpoint import committed_steps
 from trainer.config import PretrainConfig, load_config
 from trainer.events import read_events
