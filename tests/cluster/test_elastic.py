@@ -367,7 +367,7 @@ def test_rays_insides_are_as_they_were() -> None:
     assert arguments(policy._send_resource_request) == arguments(policy._maybe_send_resource_request) == []
     assert inspect.getsource(policy.after_controller_start).count("train_run_context.") == 1
     reserved = coordinator._AutoscalingCoordinatorActor.get_reserved_resources
-    assert arguments(reserved) == ["requester_id", "recompute"]
+    assert {"requester_id", "recompute"} <= set(arguments(reserved))
     assert {"start_time", "workers"} <= {field.name for field in fields(worker_group.WorkerGroupState)}
     assert arguments(worker.Worker.execute_async)[0] == "fn"
     assert "node_id" in {field.name for field in fields(worker.ActorMetadata)}
