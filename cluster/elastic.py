@@ -32,7 +32,7 @@ from trainer.vote import Wish
 
 LOOK_S = 0.5  # between two looks at the cluster
 REACH_S = 1.0  # a node that takes no connection within it is not there
-SETTLE_S = 3.0  # so long after a group has ended what it held may still seem taken
+SETTLE_S = 3.0  # so long after a group, or a driver, has ended what it held may still seem taken
 GROW_S = 10.0  # from a start to the first thought of growing: Ray's view of nodes lags behind
 STEADY_S = 3.0  # so long room for more has to be there: nodes come in groups
 Room = dict[str, dict[str, float]]  # node → what it has for this run
@@ -82,10 +82,12 @@ class AsManyAsThereIsRoomFor(ElasticScalingPolicy):
         super().__init__(scaling_config)
         self.run_id, self.mailbox = run_id, mailbox
         self.told = Wish.GO_ON  # what the workers that train now have been told
-        self.ended = -SETTLE_S  # when the last of them did
+        self.released_at = (
+            time.monotonic()
+        )  # when a group before, or the run's driver before, let go what it held
         self.waits = False  # for room
         self.room, self.room_since = 0, 0.0  # for so many workers, and since when
-        self.held: Room = {}  # by the workers that train now
+        self.held: Room = {}  # by the workers that train now, or did: Ray ends them when it starts the next
         self.on_going_nodes = 0  # workers that would fit on nodes that are about to go
         self.looked, self.seen = -LOOK_S, (0, 0)
 
@@ -97,13 +99,12 @@ class AsManyAsThereIsRoomFor(ElasticScalingPolicy):
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         if self.is_stopping():
             raise Left
-        if self.held:
-            self.held, self.told, self.ended = {}, Wish.GO_ON, time.monotonic()
+        self.told = Wish.GO_ON
         self._maybe_send_resource_request()
         there, free = self._look()
-        settling = free < there and time.monotonic() - self.ended < SETTLE_S
+        settling = free < there and time.monotonic() - self.released_at < SETTLE_S
         if free >= self.scaling_config.min_workers and not settling:
-            self.waits = False
+            self.waits, self.held, self.released_at = False, {}, time.monotonic()
             return self._get_resize_decision(free)
         if not (settling or self.waits):
             self.waits = True

@@ -67,6 +67,8 @@ def train(config: PretrainConfig, data: str, out: str, console: Console, ledger:
     """
     dataset = open_dataset(data)
     config, run = open_run(out, config, dataset)  # what has to be refused is, before anything is written
+    if address := os.environ.get("RAY_ADDRESS"):
+        _check_reachable(address)
     # A lease that is lost interrupts this process.
     with Lease(run.store, console.print, lambda: os.kill(os.getpid(), signal.SIGINT)) as lease:
         config, run = open_run(out, config, dataset)  # another owner may have been at it until now
@@ -121,7 +123,6 @@ def _start_ray(workers: WorkersConfig, console: Console) -> None:
         "runtime_env": {"env_vars": WORKER_ENVIRONMENT},
     }
     if address:
-        _check_reachable(address)
         ray.init(address=address, **options)
     else:
         cores = max(available_cores(), workers.max)

@@ -11,7 +11,7 @@ import time
 
 sys.path[:0] = [os.path.join(os.path.dirname(__file__), "cluster"), os.getcwd()]
 
-from runs import kill, workers_of  # noqa: E402
+from run_control import kill, workers_of  # noqa: E402
 
 from pipeline.errors import UserError  # noqa: E402
 from pipeline.storage import open_store  # noqa: E402

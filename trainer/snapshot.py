@@ -60,7 +60,7 @@ class Snapshots:
         self.folder = _folder(config, run) if self.writes else None
         self.host: dict[str, torch.Tensor] = {}  # the copy that is being written
         self.copied: torch.cuda.Event | None = None
-        self.cost_s = 0.0  # of one, to those who train
+        self.cost_s = 0.0  # of one, of a core, to those who train
         self.thread: threading.Thread | None = None
         if self.folder:
             _clear(self.folder.parent.parent, self.folder.parent)
@@ -77,20 +77,20 @@ class Snapshots:
 
         `committed`: rank 0's newest commit; afterwards every rank knows it.
         """
-        begin = time.perf_counter()
+        now, begin = time.perf_counter(), time.thread_time()
         if self.folder and not (self.thread and self.thread.is_alive()):
             self._copy(model, optimizer, rows)
-            copy_s = time.perf_counter() - begin
+            copy_s = time.thread_time() - begin
             self.thread = threading.Thread(target=self._write, args=(step, copy_s), name="snapshot")
             self.thread.start()
         # Those that write know what it costs, and all have to take the next one after the same step.
-        step_s = (begin - self.last_at) / max(step - self.last, 1)
+        step_s = (now - self.last_at) / max(step - self.last, 1)
         shared = torch.tensor([self.cost_s, step_s, committed], dtype=torch.float64, device=self.run.device)
         if self.run.world_size > 1:
             dist.all_reduce(shared, dist.ReduceOp.MAX)
         cost_s, step_s, self.committed = shared.tolist()
         self.next = step + max(FEWEST, math.ceil(cost_s / (COST * step_s)))
-        self.last, self.last_at = step, begin
+        self.last, self.last_at = step, now
 
     def keep(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, rows: Rows) -> bool:
         """Leave the state after `step` steps, and wait for it. Returns whether every node has it."""

@@ -153,7 +153,7 @@ def test_a_time_that_cannot_be_is_a_notice_all_the_same(
 @pytest.mark.parametrize(
     ("vendor", "answers", "sentence"),
     [
-        ("Amazon EC2", [(401, ""), (200, "[1]"), spot_action(60)], r"Amazon EC2 will terminate node abababab in (60|5\d) s"),
+        ("Amazon EC2", [(401, ""), (200, "[1]"), None], r"Amazon EC2 will terminate node abababab in (60|5\d) s"),
         ("Google", [(404, ""), (200, "MAYBE"), (200, "TRUE")], r"Google will preempt node abababab in 30 s"),
     ],
 )  # fmt: skip
@@ -163,7 +163,7 @@ def test_whatever_the_service_does_the_notice_arrives_once(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     vendor: str,
-    answers: list[tuple[int, str]],
+    answers: list[tuple[int, str] | None],
     sentence: str,
 ) -> None:
     told, drained = [], []
@@ -176,7 +176,8 @@ def test_whatever_the_service_does_the_notice_arrives_once(
 
     monkeypatch.setattr(notice, "drain", drain)
     monkeypatch.setattr(notice, "FIRMWARE", firmware(tmp_path, vendor))
-    service.answers = [(500, "oops"), (200, "slow"), (200, "hangs up"), (503, ""), (200, "\xff{"), *answers]
+    service.answers = [(500, "oops"), (200, "slow"), (200, "hangs up"), (503, ""), (200, "\xff{")]
+    service.answers += [answer or spot_action(60) for answer in answers]
     with caplog.at_level(logging.WARNING):
         thread = notice.watch("ab" * 28, told.append)
         assert thread is not None

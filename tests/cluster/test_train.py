@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 from conftest import build_dataset, maestream, refused
+from run_control import kill, losses, running, wait_for_step, wait_until, workers_of
 
 from cluster.failures import HOPELESS
 from pipeline.manifest import Dataset
 from pipeline.storage import open_store
-from runs import kill, losses, running, wait_for_step, wait_until, workers_of
 from trainer.events import read_events
 from trainer.metrics import read_metrics
 from trainer.run import read_starts
