@@ -4,6 +4,7 @@ import datetime
 import json
 import math
 import os
+import re
 import shlex
 import statistics
 import sys
@@ -80,16 +81,18 @@ def rows(result: dict[str, Any]) -> list[list[str]]:
             cost, apart, failure = (found[side][key] for key in ("cost", "apart", "failure"))
             bars = [("" if kept else "NOT ") + bar for bar, kept in found["bars"].items()]
             numbers = ["–"] * 4
-            if cost and (cost["restarts"] or not failure):
+            if cost:
                 numbers = ["→".join(map(str, cost["world_sizes"])), f"{cost['gap_s']:.1f}",
                            str(cost["redone"]), f"{cost['lost_s']:.1f}"]  # fmt: skip
+                if never := re.search(r"not in \d+ s", failure):
+                    numbers[1:] = [never[0], "–", "–"]
             table.append(
                 [
                     title if side == "ours" else "",
                     side,
                     *numbers,
                     f"{cost['steps_per_s']:.1f}" if cost else "–",
-                    f"FAILED: {failure.splitlines()[0][:80]}" if failure else f"{apart:.0e}",
+                    f"{apart:.0e}" if apart is not None else "–",
                     "; ".join(bars) if side == "ours" else "",
                 ]
             )
@@ -105,7 +108,14 @@ def write_report(result: dict[str, Any], explained: str | None, console: Console
     console.print(shown)
     kept = [kept for found in result.values() for kept in found["bars"].values()]
     others = [found[side]["others"] for found in result.values() for side in found.keys() - {"bars"}]
+    failed = [
+        f"{title}, {side}: {found[side]['failure']}"
+        for title, found in result.items()
+        for side in found.keys() - {"bars"}
+        if found[side]["failure"]
+    ]
     lines = [
+        *failed,
         f"{sum(kept)} of {len(kept)} bars kept.",
         f"Besides the benchmark's own, {statistics.median(others):.1f} processes wanted a core in the median of these "
         f"runs, {max(others):.1f} at most.",
