@@ -113,7 +113,7 @@ def give_notice(stage: Stage) -> None:
     """As a cloud: the node is gone when the time is over, whether it has been left or not."""
     node, begin = stage.node(of_leader=True), time.monotonic()
     stage.cluster.notice(node, NOTICE_S)
-    time.sleep(begin + NOTICE_S - time.monotonic())
+    time.sleep(max(begin + NOTICE_S - time.monotonic(), 0))
     stage.kill_node(node)
 
 

@@ -18,6 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).parents[1]
 PR_SET_CHILD_SUBREAPER = 36
 OBJECT_STORE_BYTES = 80_000_000  # of each node; Ray's least is 75 MiB
@@ -39,49 +41,33 @@ def wait_until(true: Callable[[], object], seconds: float, what: str, poll_s: fl
 
 def is_alive(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
         return False
 
 
-def command_line(pid: int) -> str:
+def command_line(pid: int) -> list[str]:
     """Empty if there is no such process any more."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    return ""
-
-
-def processes() -> dict[int, tuple[str, int]]:
-    """State (proc_pid_stat(5)) and parent of each process."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
-            found[int(folder.name)] = state, int(parent)
-    return found
+    try:
+        return list(psutil.Process(pid).cmdline())
+    except psutil.NoSuchProcess:
+        return []
 
 
 def descendants(pid: int) -> list[int]:
-    """The living processes below `pid`, parents before their children."""
-    return _below(pid, processes())
-
-
-def _below(pid: int, everyone: dict[int, tuple[str, int]]) -> list[int]:
-    children: dict[int, list[int]] = {}
-    for child, (state, parent) in everyone.items():
-        if state != "Z":
-            children.setdefault(parent, []).append(child)
-    found = list(children.get(pid, []))
-    for below in found:
-        found += children.get(below, [])
-    return found
+    """The living processes below `pid`."""
+    try:
+        below = psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+    return [process.pid for process in below if is_alive(process.pid)]
 
 
 def running_others() -> list[int]:
     """The processes that are neither this one nor below it, and run or wait for a core."""
-    everyone = processes()
-    ours = {os.getpid(), *_below(os.getpid(), everyone)}
-    return [pid for pid, (state, _) in everyone.items() if state == "R" and pid not in ours]
+    ours = {os.getpid(), *descendants(os.getpid())}
+    everyone = psutil.process_iter(["status"])
+    return [p.pid for p in everyone if p.info["status"] == psutil.STATUS_RUNNING and p.pid not in ours]
 
 
 def kill(*pids: int, sig: signal.Signals = signal.SIGKILL) -> None:
@@ -92,13 +78,10 @@ def kill(*pids: int, sig: signal.Signals = signal.SIGKILL) -> None:
 
 def has_open(pid: int, folder: Path) -> bool:
     """Whether a process has a file in `folder` open."""
-    links = Path(f"/proc/{pid}/fd")
-    with contextlib.suppress(OSError):
-        for link in links.iterdir():
-            with contextlib.suppress(OSError):
-                if Path(os.readlink(link)).is_relative_to(folder):
-                    return True
-    return False
+    try:
+        return any(Path(file.path).is_relative_to(folder) for file in psutil.Process(pid).open_files())
+    except psutil.NoSuchProcess:
+        return False
 
 
 # ---- the cluster
@@ -112,7 +95,7 @@ class Node:
 
     def train_workers(self) -> list[int]:
         """Pids of Ray Train's workers on this node."""
-        return [pid for pid in descendants(self.raylet) if "RayTrainWorker" in command_line(pid)]
+        return [pid for pid in descendants(self.raylet) if "RayTrainWorker" in " ".join(command_line(pid))]
 
 
 class Raylets:
@@ -188,7 +171,7 @@ class Raylets:
         if starter.poll() is not None:
             raise RuntimeError(f"`ray start` ended with {starter.returncode}: {log.read_text()[-2000:]}")
         for pid in descendants(starter.pid):
-            words = command_line(pid).split()
+            words = command_line(pid)
             if words and words[0].endswith("/raylet"):
                 ids = [word.partition("=")[2] for word in words if word.startswith("--node_id=")]
                 return Node(starter, pid, ids[0])

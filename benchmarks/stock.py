@@ -52,7 +52,7 @@ def train_loop(job: dict[str, Any]) -> None:
     start = 0
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
-            state = torch.load(Path(folder, "state.pt"), map_location=device)
+            state = torch.load(Path(folder, "state.pt"), map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]

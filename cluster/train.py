@@ -63,7 +63,7 @@ def train(config: PretrainConfig, data: str, out: str, console: Console, ledger:
     """Pre-train on Ray: on the cluster of RAY_ADDRESS, or else on a Ray embedded in this process.
 
     With `ledger` the metrics name the samples of each step. UserError for what only a person can mend, wherever it
-    happened. KeyboardInterrupt if the run was told to stop, by SIGINT or SIGTERM: then its work is saved.
+    happened. KeyboardInterrupt if the run was told to stop, by SIGINT or SIGTERM.
     """
     dataset = open_dataset(data)
     config, run = open_run(out, config, dataset)  # what has to be refused is, before anything is written

@@ -1,6 +1,5 @@
 """What tests share: small real datasets, a real S3 server, and the command line as a user runs it."""
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -89,17 +88,3 @@ def refused(*words: object, **environment: str) -> str:
     assert "Traceback" not in done.stdout + done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     return done.stderr.strip()
-
-
-def processes(words: str, ancestor: int | None = None) -> list[int]:
-    """Pids of the living processes whose command line has these words: with `ancestor`, that one and its
-    children."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
-            pid = int(folder.name)
-            if words in line and state != "Z" and ancestor in (None, pid, int(parent)):
-                found.append(pid)
-    return found

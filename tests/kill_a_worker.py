@@ -6,29 +6,28 @@ ABOVE is a process above `maestream pretrain`. Ends with it, or with the run, if
 """
 
 import os
+import signal
 import sys
 import time
 
-sys.path[:0] = [os.path.join(os.path.dirname(__file__), "cluster"), os.getcwd()]
+import psutil
+from processes import processes
 
-from run_control import kill, workers_of  # noqa: E402
-
-from pipeline.errors import UserError  # noqa: E402
-from pipeline.storage import open_store  # noqa: E402
-from trainer.metrics import read_metrics  # noqa: E402
+from pipeline.errors import UserError
+from pipeline.storage import open_store
+from trainer.metrics import read_metrics
 
 
 def main(above: int, run: str, step: int) -> None:
-    while os.path.exists(f"/proc/{above}"):
+    while psutil.pid_exists(above):
         try:
             rows = read_metrics(open_store(run))
         except (FileNotFoundError, UserError):  # it has not begun
             rows = []
-        if len(rows) >= step and (workers := workers_of(above)):
-            print(f"\n$ kill -9 {workers[0]}     # one of its workers, at step {len(rows)}\n", flush=True)
-            kill(workers[0])
-            return
         if len(rows) >= step:
+            for worker in processes("RayTrainWorker", above)[:1]:
+                print(f"\n$ kill -9 {worker}     # one of its workers, at step {len(rows)}\n", flush=True)
+                os.kill(worker, signal.SIGKILL)
             return
         time.sleep(1)
 

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from crc32c import crc32c
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from trainer.checkpoint import optimizer_state, set_optimizer_state
@@ -181,7 +181,7 @@ def restore(
 
     Returns its step and its rows of metrics. Then model and optimizer have its state, on every rank.
     """
-    path, step = _newest(run, config)
+    state, step = _newest(run, config, commit)
     newest = torch.tensor([step], device=run.device)
     steps = [torch.empty_like(newest) for _ in range(run.world_size)]
     if run.world_size > 1:
@@ -192,7 +192,6 @@ def restore(
     if best <= commit:
         return None
     source = next(rank for rank, s in enumerate(steps) if int(s) == best)
-    state = _load(path, best) if path and run.rank == source else {}
     if run.world_size > 1:
         state = _send(state, source, run)
     rows = _from_bytes(state.pop(ROWS))
@@ -202,20 +201,26 @@ def restore(
     return best, rows
 
 
-def _newest(run: Run, config: PretrainConfig) -> tuple[Path | None, int]:
-    """The newest whole snapshot on this machine that belongs to the run's history, and its step; -1 if there is none."""
+def _newest(run: Run, config: PretrainConfig, commit: int) -> tuple[dict[str, torch.Tensor], int]:
+    """The newest whole snapshot on this machine that belongs to the run's history and is newer than the commit, and its
+    step; nothing, and the commit's, if there is none."""
+    best: tuple[dict[str, torch.Tensor], int] = {}, commit
     if config.checkpoint.snapshots is None or not _is_first_on_its_node(run):
-        return None, -1
-    best: tuple[Path | None, int] = None, -1
+        return best
     starts, digest = read_starts(run.store), config_digest(config)
     for path in Path(config.checkpoint.snapshots, f"maestream-{run.run_id}").glob(f"*/{STATE}"):
-        tags = _tags(path)
-        if tags is None or tags.get("run_id") != run.run_id or tags.get("config") != digest:
-            continue
-        step, attempt = int(tags["step"]), int(tags["attempt"])
-        # The state after `step` steps has the last of them, step - 1, in it.
-        if step > best[1] and in_history(starts, attempt, step - 1) and _is_whole(path, tags):
-            best = path, step
+        # One that is torn, or goes while it is read, is none. It is opened once: workers of the attempt before, who are
+        # not all dead yet, may put another in its place.
+        with contextlib.suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
+            tags = file.metadata() or {}
+            if tags.get("run_id") != run.run_id or tags.get("config") != digest:
+                continue
+            step, attempt = int(tags["step"]), int(tags["attempt"])
+            # The state after `step` steps has the last of them, step - 1, in it.
+            if step > best[1] and in_history(starts, attempt, step - 1):
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
+                if _is_sound(state, tags.get("crc32c")):
+                    best = state, step
     return best
 
 
@@ -227,20 +232,9 @@ def _tags(path: Path) -> dict[str, str] | None:
         return None
 
 
-def _load(path: Path, step: int) -> dict[str, torch.Tensor]:
-    with safe_open(path, "pt") as file:
-        if int(file.metadata()["step"]) != step:  # workers of the attempt before are not all dead yet
-            raise RuntimeError(f"{path} was written anew while it was looked at")
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
-
-
-def _is_whole(path: Path, tags: dict[str, str]) -> bool:
-    try:
-        state = load_file(path)
-    except (OSError, SafetensorError):
-        return False
+def _is_sound(state: dict[str, torch.Tensor], checksum: str | None) -> bool:
     finite = all(bool(tensor.isfinite().all()) for tensor in state.values())
-    return finite and str(_checksum(state)) == tags.get("crc32c")
+    return finite and str(_checksum(state)) == checksum
 
 
 def _checksum(state: dict[str, torch.Tensor]) -> int:

@@ -9,6 +9,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
+from processes import processes
+
 from pipeline.storage import open_store
 from trainer.metrics import read_metrics
 
@@ -21,15 +24,16 @@ def losses(url: object) -> list[float]:
 def running(command: tuple[object, ...]) -> Iterator[subprocess.Popen[str]]:
     """A run under way; what is left of it is killed."""
     program = Path(sys.executable).with_name("maestream")
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen([program, *map(str, command)], **pipes)  # type: ignore[call-overload]
+    process = subprocess.Popen(
+        [program, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     try:
         yield process
     finally:
         workers = workers_of(process.pid)
         process.kill()
         process.communicate()
-        wait_until(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
+        wait_until(lambda: not any(map(psutil.pid_exists, workers)))
 
 
 def wait_until(true: Callable[[], object], seconds: float = 120) -> None:
@@ -53,19 +57,5 @@ def kill(*pids: int) -> None:
 
 
 def workers_of(driver: int) -> list[int]:
-    """The processes of a driver's training workers."""
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-    workers = []
-    for pid in parents:
-        above = pid
-        while above in parents and above != driver:
-            above = parents[above]
-        if above == driver:
-            with contextlib.suppress(OSError):
-                if b"RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                    workers.append(pid)
-    return workers
+    """The processes of the training workers below a process."""
+    return processes("RayTrainWorker", driver)

@@ -13,8 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, maestream, processes, refused
+from conftest import ROOT, maestream, refused
 from PIL import Image
+from processes import processes
 
 from pipeline.manifest import Dataset
 from pipeline.scenes import draw_scene

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import psutil
 import pytest
 import ray
 import torch
@@ -334,8 +335,7 @@ def _size(folder: Path) -> int:
 
 def _resident(pid: int) -> int:
     """Bytes of a process's own memory."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return 1024 * sum(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))
+    return int(psutil.Process(pid).memory_full_info().uss)
 
 
 # ---- what is leaned on inside Ray -----------------------------------------------------------------------------

@@ -9,8 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import build_dataset, maestream, refused
+from processes import command_line
 from run_control import kill, losses, running, wait_for_step, wait_until, workers_of
 
 from cluster.failures import HOPELESS
@@ -182,13 +184,6 @@ def test_nothing_is_left_running(whole: Path) -> None:
 
 def _raylets_of_this_test() -> list[str]:
     """Command lines of Ray daemons that live in this environment's folder."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            except OSError:
-                continue
-            if line.startswith(str(Path(sys.prefix))) and ("raylet" in line or "gcs_server" in line):
-                found.append(line[:120])
-    return found
+    lines = [command_line(process) for process in psutil.process_iter() if process.pid != os.getpid()]
+    ours = [line[:120] for line in lines if line.startswith(sys.prefix)]
+    return [line for line in ours if "raylet" in line or "gcs_server" in line]

@@ -12,8 +12,9 @@ from urllib.parse import urlsplit
 
 import pytest
 import torch
-from conftest import build_dataset, processes
+from conftest import build_dataset
 from fault_proxy import SLOW_DOWN, FaultProxy, Harm, answer, fault_proxy, s3_error
+from processes import processes
 from s3fs import S3FileSystem
 
 from pipeline import storage

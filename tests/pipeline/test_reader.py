@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import processes
 from crc32c import crc32c
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from processes import processes
 
 from pipeline.cache import KeptPart, open_kept_part
 from pipeline.errors import UserError

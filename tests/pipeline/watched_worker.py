@@ -11,7 +11,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from conftest import processes
+from processes import processes
 
 from pipeline.decode import make_decoder
 from pipeline.fetcher import Fetcher
