@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
+from gloo import gloo_group
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -61,17 +61,15 @@ def _worker(
     rank: int, world_size: int, data: str, out: str, changes: dict[str, Any], wish: Wish = Wish.GO_ON
 ) -> None:
     torch.set_num_threads(1)
-    rendezvous = f"file://{out}.rendezvous"
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
-    dataset = open_dataset(data)
-    config = config_of(**changes)
-    run = Run(open_store(out), "test", 1, rank, world_size, ledger=True)
-    if rank == 0:
-        found_run(config, run, dataset)
-    else:
-        run = replace(run, wish=told_after(9 + rank, wish))
-    assert pretrain(config, dataset, run) == (wish is Wish.GO_ON)
-    dist.destroy_process_group()
+    with gloo_group(f"{out}.rendezvous", rank, world_size):
+        dataset = open_dataset(data)
+        config = config_of(**changes)
+        run = Run(open_store(out), "test", 1, rank, world_size, ledger=True)
+        if rank == 0:
+            found_run(config, run, dataset)
+        else:
+            run = replace(run, wish=told_after(9 + rank, wish))
+        assert pretrain(config, dataset, run) == (wish is Wish.GO_ON)
 
 
 def losses(url: str | Path) -> list[float]:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
+from gloo import gloo_group
 from safetensors.torch import load_file, save_file
 from test_pretrain import config_of
 from torch import nn
@@ -167,15 +167,14 @@ def test_a_full_folder_is_said_and_training_goes_on(tmp_path: Path, caplog: pyte
 
 def _survivor(rank: int, world_size: int, folder: str, expected: str) -> None:
     """Rank 1 has the newest snapshot on its machine, rank 2 an older one, rank 0 none."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
     base = Path(folder)
-    state = make_state(90 + rank)
-    config = config_in(base / f"machine-{rank}")
-    run = make_run(base, rank=rank, world_size=world_size, node=f"machine-{rank}")
-    got = restore(run, config, 2, *state)
-    assert got == (9, ROWS)
-    assert digest(*state) == expected
-    dist.destroy_process_group()
+    with gloo_group(f"{folder}/meet", rank, world_size):
+        state = make_state(90 + rank)
+        config = config_in(base / f"machine-{rank}")
+        run = make_run(base, rank=rank, world_size=world_size, node=f"machine-{rank}")
+        got = restore(run, config, 2, *state)
+        assert got == (9, ROWS)
+        assert digest(*state) == expected
 
 
 def test_one_survivor_is_enough_for_all(tmp_path: Path) -> None:
