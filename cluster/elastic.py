@@ -32,6 +32,7 @@ from trainer.vote import Wish
 
 LOOK_S = 0.5  # between two looks at the cluster
 REACH_S = 1.0  # a node that takes no connection within it is not there
+ANSWER_S = 1.0  # a worker that is to end and does not answer within it is stuck
 SETTLE_S = 3.0  # so long after a group, or a driver, has ended what it held may still seem taken
 GROW_S = 10.0  # from a start to the first thought of growing: Ray's view of nodes lags behind
 STEADY_S = 3.0  # so long room for more has to be there: nodes come in groups
@@ -61,7 +62,8 @@ class ElasticTrainer(TorchTrainer):
 
 
 class TidyWorkerGroup(WorkerGroup):
-    """Ray's own leaves its workers and what they hold behind if one dies while they join each other."""
+    """Ray's own leaves its workers and what they hold behind if one dies while they join each other, and waits twice
+    for those that do not answer, 8 s in all, before it kills them."""
 
     def _start(self) -> None:
         try:
@@ -71,6 +73,14 @@ class TidyWorkerGroup(WorkerGroup):
                 self._worker_group_state.shutdown()
                 self._clear_state()
             raise
+
+    def shutdown(self) -> None:
+        if self.has_started():
+            answers = {worker.execute_async(wish_of_this_worker): worker for worker in self.get_workers()}
+            _, silent = ray.wait(list(answers), num_returns=len(answers), timeout=ANSWER_S)
+            for answer in silent:
+                ray.kill(answers[answer].actor)
+        super().shutdown()
 
 
 class AsManyAsThereIsRoomFor(ElasticScalingPolicy):
