@@ -56,7 +56,9 @@ class Snapshots:
         self.next = start + 1  # the first comes at once: until then a death costs all since the last commit
         self.last, self.last_at = start, time.perf_counter()
         self.committed = 0.0  # steps in rank 0's newest commit
-        self.writes = _is_first_on_its_node(run)
+        nodes = _nodes(run)
+        self.nodes = set(nodes)  # of this attempt
+        self.writes = _is_first_on_its_node(run, nodes)
         self.folder = _folder(config, run) if self.writes else None
         self.host: dict[str, torch.Tensor] = {}  # the copy that is being written
         self.copied: torch.cuda.Event | None = None
@@ -154,11 +156,16 @@ class Snapshots:
         self.cost_s = copy_s + (time.thread_time() - begin if self.copied is None else 0)
 
     def _clear_older(self) -> None:
-        """Remove what older attempts left on this machine under other nodes' names: this one is newer."""
+        """Remove what older attempts left on this machine under the names of nodes that this one does without: Ray gives
+        a machine a new name whenever it is started there."""
         assert self.folder is not None
         for other in self.folder.parent.glob(f"*/{STATE}"):
             tags = _tags(other)
-            if tags is not None and int(tags["attempt"]) < self.run.attempt:
+            if (
+                tags is not None
+                and int(tags["attempt"]) < self.run.attempt
+                and _number(other.parent.name) not in self.nodes
+            ):
                 shutil.rmtree(other.parent, ignore_errors=True)
 
     def close(self) -> None:
@@ -205,7 +212,7 @@ def _newest(run: Run, config: PretrainConfig, commit: int) -> tuple[dict[str, to
     """The newest whole snapshot on this machine that belongs to the run's history and is newer than the commit, and its
     step; nothing, and the commit's, if there is none."""
     best: tuple[dict[str, torch.Tensor], int] = {}, commit
-    if config.checkpoint.snapshots is None or not _is_first_on_its_node(run):
+    if config.checkpoint.snapshots is None or not _is_first_on_its_node(run, _nodes(run)):
         return best
     starts, digest = read_starts(run.store), config_digest(config)
     for path in Path(config.checkpoint.snapshots, f"maestream-{run.run_id}").glob(f"*/{STATE}"):
@@ -271,14 +278,24 @@ def _send(state: dict[str, torch.Tensor], source: int, run: Run) -> dict[str, to
     return sent
 
 
-def _is_first_on_its_node(run: Run) -> bool:
-    if run.world_size == 1:
-        return True
-    node = int.from_bytes(hashlib.sha256(run.node.encode()).digest()[:7], "little")
-    own = torch.tensor([node], device=run.device)
+def _nodes(run: Run) -> list[int]:
+    """The node of each worker."""
+    own = torch.tensor([_number(run.node)], device=run.device)
     nodes = [torch.empty_like(own) for _ in range(run.world_size)]
-    dist.all_gather(nodes, own)
-    return run.rank == [int(n) for n in nodes].index(node)
+    if run.world_size > 1:
+        dist.all_gather(nodes, own)
+    else:
+        nodes = [own]
+    return [int(node) for node in nodes]
+
+
+def _number(node: str) -> int:
+    """A node's name as a number that fits into int64."""
+    return int.from_bytes(hashlib.sha256(node.encode()).digest()[:7], "little")
+
+
+def _is_first_on_its_node(run: Run, nodes: list[int]) -> bool:
+    return run.rank == nodes.index(nodes[run.rank])
 
 
 def _folder(config: PretrainConfig, run: Run) -> Path | None:

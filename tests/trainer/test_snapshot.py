@@ -18,7 +18,7 @@ from pipeline.storage import open_store
 from trainer import snapshot as module
 from trainer.config import PretrainConfig
 from trainer.run import RUN, Run, begin_attempt
-from trainer.snapshot import STATE, Snapshots, _tags, restore
+from trainer.snapshot import STATE, Snapshots, _number, _tags, restore
 
 ROWS = [{"step": 4, "attempt": 1, "loss": 0.5}]
 
@@ -92,6 +92,15 @@ def test_older_ones_of_other_nodes_are_cleared_away(tmp_path: Path) -> None:
     leave(tmp_path, 5, seed=1, node="first")
     leave(tmp_path, 9, seed=2, start=5, node="second")
     assert [path.name for path in (tmp_path / "maestream-a-run").iterdir()] == ["second"]
+
+
+def test_those_of_the_same_attempts_nodes_are_left_alone(tmp_path: Path) -> None:
+    """They are about to leave another in its place: to take the folder away meanwhile would end that."""
+    leave(tmp_path, 5, seed=1, node="first")
+    snapshots = Snapshots(begin_attempt(make_run(tmp_path, node="second"), 5), config_in(tmp_path), 5)
+    snapshots.nodes.add(_number("first"))
+    assert snapshots.keep(9, *make_state(2), ROWS)
+    assert {path.name for path in (tmp_path / "maestream-a-run").iterdir()} == {"first", "second"}
 
 
 def test_what_is_not_in_the_history_is_ignored(tmp_path: Path) -> None:
