@@ -1,13 +1,14 @@
-"""What hot snapshots cost: steps of a recipe's model with them and without, in turn.
+"""What hot snapshots cost: steps of a recipe's model, and how much longer those take that follow a snapshot.
 
     python -m benchmarks.snapshots              # a ViT-B, on the GPU if there is one
 
-Images are on the device already, so that nothing but steps and snapshots takes time. Reported are the time of a step
-with snapshots over one without (the median over rounds), the steps between two snapshots, and the bytes they keep.
+Images are on the device already, so that nothing but steps and snapshots takes time. A snapshot is taken each EACH
+steps, which is more often than training does. The first AFTER steps with it and after it, in which it is copied and
+written, are compared with the median of the others around them: what they take longer is its cost. Reported is that
+cost over the time of the steps between two snapshots, as training would choose them; and the bytes they keep.
 """
 
 import datetime
-import itertools
 import json
 import statistics
 import sys
@@ -33,51 +34,60 @@ from trainer.pretrain import train_step
 from trainer.run import Run
 from trainer.snapshot import STATE, Snapshots
 
+EACH, AFTER = 8, 3  # steps
 
-def measure(config: PretrainConfig, run: Run, rounds: int, steps: int) -> dict[str, Any]:
-    """Seconds a step, with snapshots and without, of each round; how many were taken, and the bytes of the newest."""
+
+def measure(config: PretrainConfig, run: Run, taken: int) -> dict[str, Any]:
+    """Seconds of a step, what a snapshot costs of them, and how often training would take one."""
     torch.manual_seed(0)
     model = MAE(config.model).to(run.device)
     optimizer = adamw(model, config.optim)
     batch = resident_batch(config, run.device)
     snapshots = Snapshots(run, config, 0)
     optimizer.register_step_pre_hook(lambda *_: snapshots.before_update())
-    counted, taken = itertools.count(1), 0
 
-    def seconds(hot: bool) -> float:
-        nonlocal taken
+    def step(nth: int, hot: bool) -> float:
         begin = time.perf_counter()
-        for _ in range(steps):
-            train_step(model, optimizer, batch, config, run)
-            if hot and snapshots.due(done := next(counted)):
-                snapshots.take(done, model, optimizer, [], 0)
-                taken += 1
+        train_step(model, optimizer, batch, config, run)
+        if hot:
+            snapshots.take(nth, model, optimizer, [], 0)
         if run.device.type == "cuda":
             torch.cuda.synchronize(run.device)
-        return (time.perf_counter() - begin) / steps
+        return time.perf_counter() - begin
 
-    seconds(hot=False), seconds(hot=True)  # memory is had, and what one costs is known
-    taken = 0
-    found: dict[str, Any] = {"with": [], "without": []}
-    for _ in track(range(rounds), "rounds"):
-        found["without"].append(seconds(hot=False))
-        found["with"].append(seconds(hot=True))
+    for nth in range(1, 1 + EACH):  # memory is had, and what one costs is known
+        step(nth, hot=nth in (1, EACH // 2))
+    costs, plain, between = [], [], []
+    for nth in track(range(1 + EACH, 1 + EACH * (1 + taken)), "steps"):
+        hot = nth % EACH == 0
+        seconds = step(nth, hot)
+        if hot:
+            between.append(snapshots.next - nth)
+            costs.append([seconds])
+        elif costs and len(costs[-1]) < AFTER:
+            costs[-1].append(seconds)
+        else:
+            plain.append(seconds)
     assert snapshots.folder is not None
-    found["bytes"] = (snapshots.folder / STATE).stat().st_size
-    found["steps between two"] = rounds * steps / max(taken, 1)
-    found["with ÷ without"] = statistics.median(
-        a / b for a, b in zip(found["with"], found["without"], strict=True)
-    )
+    size = (snapshots.folder / STATE).stat().st_size
     snapshots.close()
-    return found
+    step_s = statistics.median(plain)
+    cost_s = statistics.median(sum(group) - len(group) * step_s for group in costs if len(group) == AFTER)
+    return {
+        "step_s": step_s,
+        "cost_s": cost_s,
+        "costs_s": [sum(group) - len(group) * step_s for group in costs],
+        "steps between two": statistics.median(between),
+        "bytes": size,
+        "share": cost_s / (statistics.median(between) * step_s),
+    }
 
 
 @click.command()
 @click.option("--recipe", default="recipes/pretrain_vit_base.yaml", show_default=True)
 @click.option("--batch", default=8, show_default=True)
-@click.option("--rounds", default=3, show_default=True)
-@click.option("--steps", default=30, show_default=True, help="Of each kind in a round.")
-def main(recipe: str, batch: int, rounds: int, steps: int) -> None:
+@click.option("--snapshots", "taken", default=12, show_default=True, help="So many are taken.")
+def main(recipe: str, batch: int, taken: int) -> None:
     console = Console(highlight=False)
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     config = load_config(PretrainConfig, recipe, (f"global_batch={batch}", "data.lanes=1"))
@@ -90,11 +100,11 @@ def main(recipe: str, batch: int, rounds: int, steps: int) -> None:
             "cores": available_cores(),
             "recipe": recipe,
             "batch": batch,
-            **measure(config, run, rounds, steps),
+            **measure(config, run, taken),
         }
     console.print(
-        f"a step takes {statistics.median(found['without']):.2f} s, with snapshots {found['with ÷ without']:.3f} of "
-        f"that; one each {found['steps between two']:.0f} steps, {found['bytes'] / 1e9:.2f} GB"
+        f"a step takes {found['step_s']:.2f} s, a snapshot {found['cost_s']:.2f} s of the steps, and is taken each "
+        f"{found['steps between two']:.0f} steps: {found['share']:.1%}; {found['bytes'] / 1e9:.2f} GB"
     )
     path = Path(RESULTS, f"{found['date']}-snapshots.json")
     path.write_text(json.dumps(found, indent=1) + "\n")
