@@ -35,7 +35,7 @@ from trainer.config import PretrainConfig, fixed_part
 from trainer.run import Run, in_history, read_starts
 
 STATE, WRITING = "state.safetensors", "writing"
-COST = 0.03  # of the time, that snapshots may take
+COST = 0.025  # of a core's time, that snapshots may take: steps lose 1.05 times as much (benchmarks/snapshots.py)
 FEWEST = 5  # steps between two
 ROWS = "rows"  # the name of the rows of metrics among the tensors: JSON, uint8
 FORGOTTEN_S = 3600  # what a killed run left here goes after that
