@@ -16,7 +16,7 @@ Both are watched in the same way, from without: rank 0 appends a row a step to a
 - lost: seconds from the last step before to the first that had not been done before: the gap, and what was redone.
 
 All raylets of a machine share its /dev/shm, where our snapshots are: whatever a killed node has there is deleted.
-Results go to benchmarks/results/<date>-elasticity.md and .json; a first run of ten scenarios takes 45 minutes.
+Results go to benchmarks/results/<date>-elasticity.md and .json; a first run of ten scenarios takes 55 minutes.
 """
 
 import contextlib

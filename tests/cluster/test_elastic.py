@@ -380,6 +380,10 @@ def test_rays_insides_are_as_they_were() -> None:
     shutdown = inspect.getsource(worker_group.WorkerGroup.shutdown)
     assert "self._worker_group_state.shutdown()" in shutdown
     assert "self._clear_state()" in shutdown
+    # one that is to end is asked whether its workers answer, and then ended by Ray
+    assert (
+        arguments(worker_group.WorkerGroup.shutdown) == arguments(worker_group.WorkerGroup.get_workers) == []
+    )
     # the failure policy gets what happened, and may try again whatever it was
     assert arguments(failures.FailurePolicy.make_decision) == ["training_failed_error"]
     assert {decision.name for decision in failures.FailureDecision} == {"RETRY", "RAISE", "NOOP"}
