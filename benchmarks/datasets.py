@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from pipeline.cache import CHUNK_BYTES
+from pipeline.items import rows_of
 from pipeline.loader import TrainBatch
 from pipeline.manifest import Dataset, open_dataset
 from pipeline.order import Order, default_block, default_lanes
@@ -21,20 +22,30 @@ def make_order(dataset: Dataset, batch: int) -> Order:
     return Order(dataset.shard_samples, 0, batch, lanes, block)
 
 
-def build_repeated(images: str | None, samples: int, folder: Path) -> Dataset:
-    """A dataset of so many samples in FOLDER/shards: the images of a folder (none: drawn scenes), with repeats."""
-    from pipeline.shards import build  # with webdataset, which a benchmark of a ready dataset can do without
+def read_images(images: str | None) -> list[bytes]:
+    """The images of a folder (none: drawn scenes)."""
     from pipeline.sources import open_source
     from pipeline.storage import open_store
 
-    source = open_source(images or "synthetic:?count=256")
+    source = open_source(images or "synthetic:?count=256", lambda: open_store("."))
+    return list(map(source.reader.open(), rows_of(source.items)))
+
+
+def build_repeated(images: str | None, samples: int, folder: Path) -> Dataset:
+    """A dataset of so many samples in FOLDER/shards: the images of a folder (none: drawn scenes), with repeats."""
+    from pipeline.shards import (  # with webdataset, which a benchmark of a ready dataset can do without
+        Options,
+        build,
+    )
+    from pipeline.storage import open_store
+
     repeated = folder / "images"
+    images_ = read_images(images)
     for i in range(samples):
-        item = source.items[i % len(source.items)]
-        path = repeated / f"{i // len(source.items):04d}" / f"{i % len(source.items):06d}.jpg"
+        path = repeated / f"{i // len(images_):04d}" / f"{i % len(images_):06d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(item.load())
-    build(open_source(str(repeated)), open_store(str(folder / "shards")), shard_bytes=SHARD_BYTES)
+        path.write_bytes(images_[i % len(images_)])
+    build(str(repeated), open_store(str(folder / "shards")), Options(shard_bytes=SHARD_BYTES))
     shutil.rmtree(repeated)
     return open_dataset(str(folder / "shards"))
 

@@ -112,15 +112,13 @@ class Setup:
 def set_up(folder: Path, console: Console) -> Setup:
     """Dataset, recipe, and the run that nothing disturbs; what is there already is used again."""
     from pipeline.shards import build
-    from pipeline.sources import open_source
+    from pipeline.write import Options
 
     folder.mkdir(parents=True, exist_ok=True)
     recipe, data, reference = folder / "recipe.yaml", folder / "data", folder / "reference"
     recipe.write_text(yaml.safe_dump(RECIPE, sort_keys=False))
     if not (data / "manifest.json").exists():
-        build(
-            open_source(f"synthetic:?count={SAMPLES}&classes=7"), open_store(str(data)), shard_bytes=1 << 20
-        )
+        build(f"synthetic:?count={SAMPLES}&classes=7", open_store(str(data)), Options(shard_bytes=1 << 20))
     console.print(
         f"a single process, {TOTAL_STEPS} steps (1 to 2 minutes, unless it is there from the last time)"
     )

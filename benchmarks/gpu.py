@@ -40,7 +40,8 @@ from rich.table import Table
 from benchmarks.datasets import build_repeated, make_order, resident_batch
 from benchmarks.report import RESULTS, cpu_model
 from pipeline.augment import random_flips, random_resized_crops
-from pipeline.decode import Decoder, available_cores
+from pipeline.cores import available_cores
+from pipeline.decode import Decoder
 from pipeline.decode.check import slices_differ_on
 from pipeline.decode.cpu import CpuDecoder
 from pipeline.loader import DECODING, Loader, TrainBatch

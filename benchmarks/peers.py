@@ -32,13 +32,15 @@ import click
 import numpy as np
 from rich.console import Console
 
+from benchmarks.datasets import read_images
 from benchmarks.plan import PASSES, SEED, Plan, save_plan
 from benchmarks.report import DECODER_ALONE, OURS, YARDSTICK, write_report
 from pipeline.augment import random_flips, random_resized_crops
+from pipeline.images import check_image
 from pipeline.manifest import open_dataset
-from pipeline.shards import build, check_image
-from pipeline.sources import open_source
+from pipeline.shards import build
 from pipeline.storage import open_store
+from pipeline.write import Options
 
 CORES = 2
 TRIED_WORKERS = (1, 2, 3, 4)
@@ -76,15 +78,14 @@ def contestants() -> list[Contestant]:
 def prepare(images: str | None, samples: int) -> None:
     """Copies of the images as files and as shards, `samples` in all, and the crops of each."""
     shutil.rmtree(FOLDER, ignore_errors=True)
-    items = open_source(images or "synthetic:?count=256").items[:samples]
-    encoded = [data for item in items if check_image(data := item.load()).extension == "jpg"]
+    encoded = [data for data in read_images(images)[:samples] if check_image(data).extension == "jpg"]
     for i in range(samples):
         path = FOLDER / f"images/{i % len(encoded):04d}/{i // len(encoded):04d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encoded[i % len(encoded)])
     shards = str(FOLDER / "shards")
     shard_bytes = sum(map(len, encoded)) * samples // len(encoded) // SHARDS
-    build(open_source(str(FOLDER / "images")), open_store(shards), shard_bytes=shard_bytes, strict=True)
+    build(str(FOLDER / "images"), open_store(shards), Options(shard_bytes=shard_bytes, strict=True))
     dataset = open_dataset(shards)
     ids = np.arange(dataset.samples)
     located = dataset.locate(ids)

@@ -25,7 +25,7 @@ from rich.progress import track
 
 from benchmarks.datasets import resident_batch
 from benchmarks.report import RESULTS, cpu_model
-from pipeline.decode import available_cores
+from pipeline.cores import available_cores
 from pipeline.storage import open_store
 from trainer.config import PretrainConfig, load_config
 from trainer.mae import MAE

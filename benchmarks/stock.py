@@ -23,7 +23,8 @@ import torch
 from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from pipeline.decode import available_cores, make_decoder
+from pipeline.cores import available_cores
+from pipeline.decode import make_decoder
 from pipeline.loader import Loader
 from pipeline.manifest import open_dataset
 from pipeline.storage import open_store

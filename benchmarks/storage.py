@@ -32,7 +32,8 @@ from rich.table import Table
 from benchmarks.datasets import build_repeated, make_order
 from benchmarks.report import RESULTS
 from pipeline.bench import cpu_model
-from pipeline.decode import available_cores, make_decoder
+from pipeline.cores import available_cores
+from pipeline.decode import make_decoder
 from pipeline.loader import Loader
 from pipeline.manifest import Dataset, open_dataset
 from pipeline.reader import Reader

@@ -70,7 +70,8 @@ def loader(
     thread for an image, and its share; the floor is one core that decodes and resizes on the CPU, and nothing else.
     """
     from pipeline.bench import Plan, bench_loader, cpu_model, executors_here
-    from pipeline.decode import available_cores, make_decoder
+    from pipeline.cores import available_cores
+    from pipeline.decode import make_decoder
     from pipeline.manifest import open_dataset
     from trainer.config import PretrainConfig, parse_config
     from trainer.run import fix_order, make_order

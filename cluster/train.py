@@ -8,12 +8,10 @@ import logging
 import os
 import shutil
 import signal
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
-from urllib.parse import urlsplit
 
 import click
 import ray
@@ -25,10 +23,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
 from cluster import notice
+from cluster.connect import check_reachable, connect
 from cluster.console import Mailbox, MailboxHandler, watch
 from cluster.elastic import ElasticTrainer, wish_of_this_worker
 from cluster.failures import Left, describe, has_left, is_of_machines, user_error
-from pipeline.decode import available_cores
+from pipeline.cores import available_cores
 from pipeline.errors import UserError
 from pipeline.manifest import Dataset, open_dataset
 from pipeline.storage import open_store
@@ -68,7 +67,7 @@ def train(config: PretrainConfig, data: str, out: str, console: Console, ledger:
     dataset = open_dataset(data)
     config, run = open_run(out, config, dataset)  # what has to be refused is, before anything is written
     if address := os.environ.get("RAY_ADDRESS"):
-        _check_reachable(address)
+        check_reachable(address)
     # A lease that is lost interrupts this process.
     with Lease(run.store, console.print, lambda: os.kill(os.getpid(), signal.SIGINT)) as lease:
         config, run = open_run(out, config, dataset)  # another owner may have been at it until now
@@ -116,38 +115,13 @@ def _how_many(workers: WorkersConfig) -> str:
 
 
 def _start_ray(workers: WorkersConfig, console: Console) -> None:
+    connect(max(available_cores(), workers.max), WORKER_ENVIRONMENT)
     address = os.environ.get("RAY_ADDRESS")
-    options: dict[str, Any] = {
-        "log_to_driver": False,
-        "logging_level": logging.ERROR,
-        "runtime_env": {"env_vars": WORKER_ENVIRONMENT},
-    }
-    if address:
-        ray.init(address=address, **options)
-    else:
-        cores = max(available_cores(), workers.max)
-        ray.init(
-            address="local",
-            num_cpus=cores,
-            include_dashboard=False,
-            object_store_memory=128 * 2**20,
-            **options,
-        )
     gpus = ray.cluster_resources().get("GPU", 0)
     if not address and 0 < gpus < workers.min:
         raise UserError(f"{workers.min} workers need a GPU each, this machine has {gpus:g}: lower workers")
     if address and not gpus:
         console.print("the cluster has no GPU now, so the workers will use CPUs")
-
-
-def _check_reachable(address: str) -> None:
-    """UserError where nothing listens at host:port or ray://host:port; Ray itself would try for many minutes."""
-    target = urlsplit(address if "://" in address else f"ray://{address}")
-    if target.hostname and target.port:
-        try:
-            socket.create_connection((target.hostname, target.port), timeout=10).close()
-        except OSError as error:
-            raise UserError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({error})") from None
 
 
 def _fit(config: PretrainConfig, data: str, run: Run, lease: Lease, console: Console) -> None:

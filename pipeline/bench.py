@@ -17,7 +17,8 @@ from typing import Any, get_args
 import numpy as np
 
 from pipeline.augment import random_flips, random_resized_crops
-from pipeline.decode import DecoderName, available_cores, make_decoder
+from pipeline.cores import available_cores
+from pipeline.decode import DecoderName, make_decoder
 from pipeline.errors import UserError
 from pipeline.loader import AHEAD, Loader, TrainBatch
 from pipeline.manifest import Dataset

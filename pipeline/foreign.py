@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipeline.ahead import map_ahead
 from pipeline.errors import UserError
 from pipeline.manifest import (
     BUILDING,
@@ -40,7 +41,6 @@ from pipeline.scan import (
     describe,
     scan_shard,
 )
-from pipeline.shards import map_ahead
 from pipeline.storage import TEMPORARY, Store, open_store
 
 MAX_CLASSES = 1_000_000  # a larger number is no class
@@ -111,15 +111,13 @@ def index_shards(
                 f"first dot of a file name{''.join(f'; {line}' for line in found.named[:1])}"
             )
         classes = labels.classes()
-        code = {name: i for i, name in enumerate(classes)}
 
         def publish(number: int) -> dict[str, Any] | None:
             rows = aside.read(number)
             if not len(rows):
                 return None  # a tar without samples is no shard
-            texts = rows["label"].to_pylist()
-            coded = [(int(t) if labels.numbers else code[t]) if t else NO_LABEL for t in texts]
-            index = rows.set_column(rows.column_names.index("label"), "label", pa.array(coded, pa.int32()))
+            coded = labels.code(rows["label"].to_pylist())
+            index = rows.set_column(rows.column_names.index("label"), "label", coded)
             to.write(index_name(names[number]), to_parquet(index.cast(INDEX_SCHEMA)))
             return {
                 "name": names[number],
@@ -261,6 +259,11 @@ class Labels:
         else:
             self.names.add(label)
         return None
+
+    def code(self, texts: list[str]) -> pa.Array:
+        """The label of each: a number, or the place of its class; NO_LABEL for ""."""
+        place = {name: i for i, name in enumerate(sorted(self.names))}
+        return pa.array([(place[t] if self.names else int(t)) if t else NO_LABEL for t in texts], pa.int32())
 
     def classes(self) -> list[str]:
         """The name of each class; a number is its own name."""

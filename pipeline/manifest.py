@@ -373,6 +373,7 @@ def _belong_together(manifest: Manifest, shards: pa.Table, contents: Iterable[pa
 
 
 BUILDING = "building.json"  # present while a build is under way, see pipeline.shards
+BUILDING_FOLDER = "building"  # and what it has done so far
 
 
 def _begun(store: Store) -> bool:

@@ -1,55 +1,51 @@
-"""Build and verify sharded datasets: plain WebDataset tars, each with an index beside it."""
+"""Build sharded datasets: plain WebDataset tars, each with an index beside it.
 
+First a plan: every image gets its place by the seed, and the row of all images is cut into shards of about as many
+bytes of the source. Then shards are written, each on its own, wherever there is a core: what is in a shard depends on
+nothing but the plan, so any number of tasks gives the same bytes.
+
+    DEST/building.json                  what is being built; while it is there, it is no dataset
+    DEST/building/shard-000000.json     that a shard is done, with the digests of what was written
+
+A build that is killed goes on when the same command comes again: shards whose digests are right are kept.
+"""
+
+import functools
 import hashlib
-import io
-import tarfile
-from collections import deque
+import itertools
+import json
+import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
-import webdataset
-from crc32c import crc32c
-from PIL import Image
 
-from pipeline.errors import UserError, why_undecodable
+from pipeline.ahead import Run
+from pipeline.duplicates import duplicates_in, without_duplicates
+from pipeline.errors import UserError
 from pipeline.hashing import hash64
+from pipeline.items import Source
 from pipeline.manifest import (
     BUILDING,
-    INDEX_SCHEMA,
+    BUILDING_FOLDER,
     MANIFEST,
-    NO_LABEL,
     SHARDS,
     SHARDS_SCHEMA,
-    Dataset,
     Manifest,
-    content_digest,
     index_name,
-    to_parquet,
+    open_dataset,
     write_dataset,
 )
-from pipeline.sources import Item, Source
-from pipeline.storage import TEMPORARY, Store
+from pipeline.sources import open_source
+from pipeline.storage import TEMPORARY, Store, open_store
+from pipeline.write import Options, Receipt, Shard, receipt_name, write_shard
 
-MEMBER_EXTENSION = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # of PIL's name of the format
-THREADS = 8  # decoding releases the GIL, and reads wait
-T = TypeVar("T")
-R = TypeVar("R")
-
-
-@dataclass(frozen=True)
-class Checked:
-    """An image that decodes to its last row."""
-
-    data: bytes
-    extension: str
-    width: int
-    height: int
+CONTACT_SHEET = "contact-sheet.png"
+LEFT_OUT, DUPLICATES = "left-out.txt", "duplicates.txt"  # a line an image
 
 
 @dataclass
@@ -57,235 +53,237 @@ class Built:
     """What a build did."""
 
     manifest: Manifest
-    left_out: list[str] = field(default_factory=list)  # "name: reason" of each bad image
-
-
-def check_image(data: bytes) -> Checked:
-    """Decode an image to its last row. ValueError, with the reason, where that fails."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.format not in MEMBER_EXTENSION:
-                raise ValueError(f"{image.format} is not supported")
-            image.load()
-            return Checked(data, MEMBER_EXTENSION[image.format], image.width, image.height)
-    except Exception as error:  # damaged bytes make Pillow raise nearly anything
-        raise ValueError(why_undecodable(error)) from error
+    warnings: tuple[str, ...]
+    kept: int  # shards that were there from before
+    changed: int
+    odd: dict[str, int]
+    left_out: list[str]  # "name: reason" of each bad image
+    duplicates: list[str]  # a line for each, be it dropped or there
 
 
 def build(
-    source: Source,
+    source: str,
     store: Store,
+    options: Options,
     *,
-    shard_bytes: int,
-    seed: int = 0,
-    strict: bool = False,
+    devkit: str | None = None,
+    memory: int = 256 << 20,
     overwrite: bool = False,
-    on_image: Callable[[], None] = lambda: None,
+    run: Run = map,
+    on_plan: Callable[[int], None] = lambda images: None,
+    on_shard: Callable[[Receipt, bool], None] = lambda receipt, kept: None,
 ) -> Built:
-    """Write `source` as a dataset into `store`, shuffled by `seed`; the images' bytes are not touched.
+    """Write all images of `source` (see `pipeline.sources`) as a dataset into `store`.
 
-    Images that do not decode are left out and named, or stop the build if `strict`. The same source and
-    seed give the same bytes. A build that is killed leaves no manifest; the next one starts clean.
-    `on_image` is called after each image.
+    Images that cannot be read are left out and named, or stop the build if `strict`. The same source and options give
+    the same bytes, whatever `run` is. Whoever kills it and calls it again goes on.
+
+    Args:
+        devkit: of ImageNet, for the labels of its validation images.
+        memory: bytes of images, as they are in the source, that one task may hold.
+        overwrite: whether a dataset, or a build of something else, may be replaced.
+        run: does the work, see `pipeline.ahead`.
+        on_plan: told how many images there are.
+        on_shard: told of each shard that is done, and whether it was before.
     """
-    _claim(source, store, overwrite)
-    items = source.items
-    order = np.argsort(hash64(seed, np.arange(len(items))), kind="stable")
-    left_out: list[str] = []
-    shards: list[dict[str, Any]] = []
-    image_bytes = 0
+    identity = _identity(source, options)
+    _check(source, store, identity, overwrite)
+    if (before := _finished(store, identity)) is not None:  # killed while it cleaned up
+        _clean_up(store)
+        return Built(before, (), before.shards, 0, {}, [], [])
 
-    def load(i: int) -> tuple[Item, Checked | str]:
-        try:
-            return items[i], check_image(items[i].load())
-        except FileNotFoundError:
-            return items[i], "it is gone since the folder was listed"
-        except ValueError as error:
-            return items[i], str(error)
+    @functools.cache
+    def take() -> Store:
+        """Only now: what is there is kept if something is wrong with the source."""
+        _take(store, identity)
+        return store
 
-    def good() -> Iterator[tuple[Item, Checked]]:
-        for item, result in map_ahead(load, order.tolist()):
-            on_image()
-            if isinstance(result, Checked):
-                yield item, result
-            elif strict:
-                raise UserError(f"{item.name} does not decode: {result}. Mend it, or build without --strict")
-            else:
-                left_out.append(f"{item.name}: {result}")
-
-    samples = good()
-    head = next(samples, None)
-    while head is not None:
-        shard, size, head = _write_shard(store, f"shard-{len(shards):06d}.tar", head, samples, shard_bytes)
-        shards.append(shard)
-        image_bytes += size
-    if not shards:
-        raise UserError(f"{source.description}: none of its {len(items)} images decodes, {left_out[0]}")
-    table = pa.Table.from_pylist(shards, schema=SHARDS_SCHEMA)
-    built = {"source": source.description, "seed": seed, "bytes": "untouched", "left_out": len(left_out)}
-    manifest = write_dataset(store, table, image_bytes, source.classes, built)
-    store.remove([BUILDING])
-    return Built(manifest, left_out)
-
-
-def _claim(source: Source, store: Store, overwrite: bool) -> None:
-    """Make sure that `store` may be written, and that no reader takes it for a dataset meanwhile."""
-    if source.store is not None and f"{store.url}/".startswith(f"{source.store.url}/"):
-        raise UserError(f"{store.url} lies in the source itself: choose another destination")
-    names = [name for name in store.names() if not PurePosixPath(name).name.startswith(TEMPORARY)]
-    if MANIFEST in names and not overwrite:
-        raise UserError(f"{store.url} already has a dataset: choose another destination, or add --overwrite")
-    if MANIFEST in names and b'"indexed":' in store.read(MANIFEST):  # in damaged ones too
+    opened = open_source(source, take, devkit, run)
+    receipts_before = set(take().names(BUILDING_FOLDER))
+    dropped: list[str] = []
+    if options.drop_duplicates:
+        opened, dropped = without_duplicates(opened, run, memory)
+    on_plan(len(opened.items))
+    receipts: list[Receipt] = []
+    kept = 0
+    for receipt, was_there in run(write_shard, plan(opened, store, options, memory)):
+        # One that a task has written, and whose machine then died, was not there before.
+        was_before = was_there and receipt_name(receipt.name) in receipts_before
+        on_shard(receipt, was_before)
+        receipts.append(receipt)
+        kept += was_before
+    receipts.sort(key=lambda receipt: receipt.name)
+    left_out = [line for receipt in receipts for line in receipt.left_out]
+    if len(left_out) == len(opened.items):
         raise UserError(
-            f"{store.url} was made by `maestream shards index`, and its tars may be the only ones: choose another "
-            "destination"
+            f"{opened.description}: none of its {len(left_out)} images can be read: {left_out[0]}"
         )
-    if names and MANIFEST not in names and BUILDING not in names:
+    manifest = _finish(opened, store, options, receipts, dropped, identity)
+    duplicates = dropped if options.drop_duplicates else duplicates_in(open_dataset(store.url))
+    for name, lines in ((LEFT_OUT, left_out), (DUPLICATES, duplicates)):
+        if lines:
+            store.write(name, "".join(f"{line}\n" for line in lines).encode())
+    _clean_up(store)
+    changed = sum(receipt.changed for receipt in receipts)
+    return Built(manifest, opened.warnings, kept, changed, _sum_up(receipts), left_out, duplicates)
+
+
+def plan(source: Source, store: Store, options: Options, memory: int) -> Iterator[Shard]:
+    """The shards to be written, in order."""
+    order = np.argsort(hash64(options.seed, np.arange(len(source.items))), kind="stable")
+    bounds = cut(source.items["size"].to_numpy()[order], options.shard_bytes)
+    for number, (first, last) in enumerate(itertools.pairwise(bounds.tolist())):
+        items = source.items.take(order[first:last]).combine_chunks()
+        digest = hashlib.sha256(_identity(str(source.reader), options))
+        for batch in items.to_batches():
+            digest.update(batch.serialize())
+        yield Shard(
+            f"shard-{number:06d}.tar", items, source.reader, store.url, options, memory, digest.hexdigest()
+        )
+
+
+def cut(sizes: npt.NDArray[np.int64], shard_bytes: int) -> npt.NDArray[np.int64]:
+    """Where to cut a row of images, so that shards have about as many bytes each, and none is empty: int64[shards + 1]."""
+    ends = np.cumsum(sizes)
+    count = min(max(round(int(ends[-1]) / shard_bytes), 1), len(sizes))
+    targets = ends[-1] * np.arange(1, count) / count
+    inner = np.searchsorted(ends, targets) + 1
+    return np.unique(np.concatenate([[0], inner, [len(sizes)]]))
+
+
+# ---- the destination ------------------------------------------------------------------------------------------
+
+
+def _identity(source: str, options: Options) -> bytes:
+    """Of a build, in BUILDING: all that its bytes depend on."""
+    tree = {"source": source, **asdict(options)}
+    del tree["strict"]
+    return json.dumps(tree, indent=2).encode() + b"\n"
+
+
+def _place(url: str) -> str:
+    """The same for the same place, however it is named."""
+    store = open_store(url)
+    return os.path.realpath(store.root) if store.is_local else f"{type(store.fs).__name__}:{store.root}"
+
+
+def _check(source: str, store: Store, identity: bytes, overwrite: bool) -> None:
+    """Refuse a destination that may not be written, before anything is."""
+    if not source.startswith("synthetic:"):
+        ours, theirs = f"{_place(store.url)}/", f"{_place(source)}/"
+        if ours.startswith(theirs):
+            raise UserError(f"{store.url} lies in the source itself: choose another destination")
+        if theirs.startswith(ours):
+            raise UserError(f"{source} lies in the destination itself: choose another destination")
+    names = [name for name in store.names() if not _is_temporary(name)]
+    if BUILDING in names:
+        if store.read(BUILDING) != identity and not overwrite:
+            raise UserError(
+                f"{store.url}: a build of something else, or with other options, was begun there and not finished (see "
+                f"{BUILDING}): the same command would go on with it, --overwrite starts anew"
+            )
+    elif MANIFEST in names:
+        if not overwrite:
+            raise UserError(
+                f"{store.url} already has a dataset: choose another destination, or add --overwrite"
+            )
+        if b'"indexed":' in store.read(MANIFEST):  # in damaged ones too
+            raise UserError(
+                f"{store.url} was made by `maestream shards index`, and its tars may be the only ones: choose another "
+                "destination"
+            )
+    elif names:
         raise UserError(
             f"{store.url} is not empty and not a dataset ({names[0]}, …): choose another destination"
         )
-    ours = [name for name in store.names() if _is_ours(name)]
-    # The manifest goes first and BUILDING comes before all else, so that a kill here is recognised too.
-    store.write(BUILDING, b"{}\n")
-    store.remove(sorted(ours, key=lambda name: name != MANIFEST))
+
+
+def _take(store: Store, identity: bytes) -> None:
+    """From now on nobody takes it for a dataset. What a build of the same has done is kept, all else of ours goes."""
+    names = store.names()
+    if BUILDING in names and store.read(BUILDING) == identity:
+        gone = [MANIFEST] if MANIFEST in names else []
+    else:
+        # It comes before all else, so that a kill here is recognised; the manifest goes first.
+        store.write(BUILDING, identity)
+        gone = sorted(filter(_is_ours, names), key=lambda name: name != MANIFEST)
+    store.remove(gone)
+
+
+def _finish(
+    source: Source,
+    store: Store,
+    options: Options,
+    receipts: list[Receipt],
+    dropped: list[str],
+    identity: bytes,
+) -> Manifest:
+    """Make a dataset of the shards that are done."""
+    left_out = sum(len(receipt.left_out) for receipt in receipts)
+    odd = _sum_up(receipts)
+    receipts = [receipt for receipt in receipts if receipt.samples]
+    columns = SHARDS_SCHEMA.names
+    rows = [{name: getattr(receipt, name) for name in columns} for receipt in receipts]
+    built = {
+        "source": source.description,
+        "seed": options.seed,
+        "bytes": str(options.changes),
+        "changed": sum(receipt.changed for receipt in receipts),
+        "checked": options.check,
+        "left_out": left_out,
+        "duplicates_dropped": len(dropped),
+        "odd": odd,
+        "build": _digest(identity),
+    }
+    table = pa.Table.from_pylist(rows, schema=SHARDS_SCHEMA)
+    return write_dataset(store, table, sum(r.image_bytes for r in receipts), source.classes, built)
+
+
+def _digest(identity: bytes) -> str:
+    return hashlib.sha256(identity).hexdigest()[:16]
+
+
+def _finished(store: Store, identity: bytes) -> Manifest | None:
+    """The manifest, if this very build has written it, and was killed before it had cleaned up."""
+    if not (store.exists(BUILDING) and store.exists(MANIFEST)) or store.read(BUILDING) != identity:
+        return None
+    try:
+        manifest = open_dataset(store.url).manifest
+    except UserError:
+        return None
+    return manifest if manifest.built.get("build") == _digest(identity) else None
+
+
+def _clean_up(store: Store) -> None:
+    """Remove what a build that is finished has left, and what others had."""
+    dataset = open_dataset(store.url)
+    names = [dataset.shard_name(shard) for shard in range(dataset.manifest.shards)]
+    used = {MANIFEST, SHARDS, CONTACT_SHEET, LEFT_OUT, DUPLICATES, *names, *map(index_name, names)}
+    store.remove([name for name in store.names() if _is_ours(name) and name not in used])
+    store.remove([BUILDING])
+
+
+def _sum_up(receipts: Iterable[Receipt]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for receipt in receipts:
+        for kind, count in receipt.odd.items():
+            total[kind] = total.get(kind, 0) + count
+    return dict(sorted(total.items()))
+
+
+def _is_temporary(name: str) -> bool:
+    return PurePosixPath(name).name.startswith(TEMPORARY)
 
 
 def _is_ours(name: str) -> bool:
     """Whether a build may remove it: nothing of other datasets that lie further down."""
     folder, _, base = name.rpartition("/")
     if folder == "":
-        return name in (MANIFEST, SHARDS) or fnmatch(base, "shard-*.tar") or base.startswith(TEMPORARY)
-    return folder == "index" and (fnmatch(base, "shard-*.parquet") or base.startswith(TEMPORARY))
-
-
-def map_ahead(function: Callable[[T], R], inputs: Iterable[T], threads: int = THREADS) -> Iterator[R]:
-    """`map` in threads, in order, with a bounded number of results waiting."""
-    with ThreadPoolExecutor(threads) as pool:
-        waiting: deque = deque()
-        try:
-            for value in inputs:
-                waiting.append(pool.submit(function, value))
-                if len(waiting) > 4 * threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _write_shard(
-    store: Store,
-    name: str,
-    head: tuple[Item, Checked],
-    samples: Iterator[tuple[Item, Checked]],
-    shard_bytes: int,
-) -> tuple[dict[str, Any], int, tuple[Item, Checked] | None]:
-    """Write one shard and its index, from `head` on until the next image would pass `shard_bytes`.
-
-    Returns its row of the shard table, the bytes of its images, and the head of the next shard.
-    """
-    checked: dict[str, Checked] = {}
-    used = 0
-    following: tuple[Item, Checked] | None = head
-    with store.staging(name) as path:
-        # PAX is USTAR but for names too long for it. Fixed times and owners make the bytes repeatable.
-        with (
-            path.open("wb") as file,
-            webdataset.TarWriter(
-                file, mtime=0, user="maestream", group="maestream", format="PAX_FORMAT"
-            ) as tar,
-        ):
-            while following is not None and (not checked or used + len(following[1].data) <= shard_bytes):
-                item, image = following
-                label = {} if item.label == NO_LABEL else {"cls": str(item.label).encode()}
-                tar.write({"__key__": item.key, image.extension: image.data, **label})
-                checked[item.key] = Checked(b"", image.extension, image.width, image.height)
-                used += len(image.data)
-                following = next(samples, None)
-        with path.open("rb") as written:
-            sha256 = hashlib.file_digest(written, "sha256").hexdigest()
-            written.seek(0)
-            rows = [
-                {**row, "width": checked[row["key"]].width, "height": checked[row["key"]].height}
-                for row in read_tar(written)
-            ]
-        index = pa.Table.from_pylist(rows, schema=INDEX_SCHEMA)
-        size = path.stat().st_size
-    store.write(index_name(name), to_parquet(index))
-    shard = {
-        "name": name,
-        "samples": len(index),
-        "bytes": size,
-        "sha256": sha256,
-        "content": content_digest(index),
-    }
-    return shard, used, following
-
-
-def read_tar(file: BinaryIO) -> list[dict[str, Any]]:
-    """A row an image, in the tar's order: key, offset, size, label and crc32c.
-
-    tarfile.ReadError where the tar is damaged.
-    """
-    labels: dict[str, int] = {}
-    rows: list[dict[str, Any]] = []
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        for member in tar:
-            folder, _, base = member.name.rpartition("/")
-            stem, _, extension = base.partition(".")
-            key = f"{folder}/{stem}" if folder else stem
-            content = tar.extractfile(member)
-            data = content.read() if content else b""
-            if extension == "cls":
-                labels[key] = int(data)
-            elif extension in MEMBER_EXTENSION.values():
-                row = {"key": key, "offset": member.offset_data, "size": member.size, "crc32c": crc32c(data)}
-                rows.append(row)
-    return [{**row, "label": labels.get(row["key"], NO_LABEL)} for row in rows]
-
-
-def verify(dataset: Dataset, on_shard: Callable[[], None] = lambda: None) -> list[str]:
-    """Read every byte and decode every image. Returns what is wrong, a line each; empty for a sound dataset.
-
-    Without checksums in the manifest only what no longer decodes is found.
-    """
-    problems: list[str] = []
-    for found in map_ahead(lambda shard: _verify_shard(dataset, shard), range(dataset.manifest.shards)):
-        problems += found
-        on_shard()
-    return problems
-
-
-def _verify_shard(dataset: Dataset, shard: int) -> list[str]:
-    name = dataset.shard_name(shard)
-    try:
-        data = dataset.shard_store.read(name)
-    except FileNotFoundError:
-        return [f"{name}: missing"]
-    problems = []
-    if len(data) != dataset.shard_bytes[shard]:
-        problems.append(f"{name}: {len(data)} bytes, the manifest says {dataset.shard_bytes[shard]}")
-    elif dataset.shard_sha256[shard].as_py() not in ("", hashlib.sha256(data).hexdigest()):
-        problems.append(f"{name}: its bytes are not those that were written (sha256 differs)")
-    try:
-        index = dataset.read_index_table(shard)
-    except UserError as error:
-        return [*problems, str(error)]
-    if content_digest(index) != dataset.shard_content[shard].as_py():
-        problems.append(f"{index_name(name)}: it is not the index that was written (digest differs)")
-    for row in index.to_pylist():
-        image = data[row["offset"] : row["offset"] + row["size"]]
-        where = f"{name}: {row['key']} at byte {row['offset']}"
-        if len(image) != row["size"]:
-            problems.append(f"{where}: cut off")
-        elif dataset.manifest.checksums and crc32c(image) != row["crc32c"]:
-            problems.append(f"{where}: its bytes changed (crc32c differs)")
-        else:
-            try:
-                checked = check_image(image)
-            except ValueError as error:
-                problems.append(f"{where}: does not decode ({error})")
-            else:
-                if (checked.width, checked.height) != (row["width"], row["height"]):
-                    problems.append(f"{where}: {checked.width} × {checked.height}, the index says otherwise")
-    return problems
+        return (
+            name in (MANIFEST, SHARDS, CONTACT_SHEET, LEFT_OUT, DUPLICATES)
+            or fnmatch(base, "shard-*.tar")
+            or _is_temporary(base)
+        )
+    if folder == BUILDING_FOLDER:
+        return True
+    return folder == "index" and (fnmatch(base, "shard-*.parquet") or _is_temporary(base))

@@ -6,8 +6,9 @@ a wrong endpoint) becomes a `UserError` with a message that says what to do.
 """
 
 import errno
-import functools
+import hashlib
 import os
+import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ DEADLINE_S = 120  # how long one operation is retried in all
 STALL_S = 10  # silence in the middle of an answer that is a fault
 FIRST_DEADLINE_S = 5  # the same until a store has answered once: a wrong name is likelier than a fault then
 TEMPORARY = ".maestream-"  # names of files that are being written begin so; a kill may leave them
-PART_BYTES, PARTS = 8 << 20, 8  # of a whole object: their size, and how many are read at once
+PART_BYTES, PARTS = 8 << 20, 8  # of a whole object: their size, and how many are read or sent at once
 T = TypeVar("T")
 _ANSWERED: set[str] = set()  # buckets that have answered this process
 UMASK = os.umask(0)  # the only way to read it is to set it, and it is the whole process's
@@ -94,7 +95,7 @@ class Store:
 
     def read(self, name: str) -> bytes:
         """The whole of an object. FileNotFoundError where there is none."""
-        with _explained(self.describe(name)):
+        with explained(self.describe(name)):
             if self.is_local:
                 return self._retry(lambda: self.fs.cat_file(self.path(name)))
             # The first part without asking for the size: most objects are no larger.
@@ -109,6 +110,8 @@ class Store:
 
     def read_range(self, name: str, start: int, size: int) -> bytes:
         """Exactly `size` bytes from byte `start`. FileNotFoundError, or UserError past the end."""
+        if size == 0:
+            return b""  # a range cannot be empty: it would be the whole object
         left = self._clock()
 
         def attempt() -> bytes:
@@ -116,7 +119,7 @@ class Store:
             self._check_length(name, start, size, len(data))
             return data
 
-        with _explained(self.describe(name)):
+        with explained(self.describe(name)):
             return self._retry(attempt)
 
     def read_into(self, name: str, start: int, memory: memoryview) -> None:
@@ -130,7 +133,7 @@ class Store:
                 got = os.preadv(file.fileno(), [memory], start)
             self._check_length(name, start, len(memory), got)
 
-        with _explained(self.describe(name)):
+        with explained(self.describe(name)):
             self._retry(attempt)
 
     def _check_length(self, name: str, start: int, size: int, got: int) -> None:
@@ -190,23 +193,47 @@ class Store:
         return result
 
     def size(self, name: str) -> int:
-        with _explained(self.describe(name)):
+        with explained(self.describe(name)):
             return int(self._retry(lambda: self.fs.size(self.path(name))))
 
     def exists(self, name: str) -> bool:
-        with _explained(self.describe(name)):
+        with explained(self.describe(name)):
             return bool(self._retry(lambda: self.fs.exists(self.path(name))))
 
     def names(self, prefix: str = "") -> list[str]:
         """Names of all files below `prefix`, sorted; empty where there is nothing. Symbolic links are
         followed. UserError where a folder may not be read."""
         try:
-            with _explained(self.describe(prefix)):
+            with explained(self.describe(prefix)):
                 path = self.path(prefix)
                 found = list(_walk(path)) if self.is_local else self._retry(lambda: list(self.fs.find(path)))
         except FileNotFoundError:
             return []
-        return sorted(name.removeprefix(self.root).lstrip("/") for name in found)
+        return sorted(map(self._name, found))
+
+    def sizes(self) -> dict[str, int]:
+        """The bytes of all files, by name, sorted. Otherwise as `names`. UserError where a file is a link to nothing."""
+        try:
+            with explained(self.url):
+                if self.is_local:
+                    found = {path: _size(path) for path in _walk(self.root)}
+                else:
+                    details = self._retry(lambda: self.fs.find(self.root, detail=True))
+                    found = {path: int(detail["size"]) for path, detail in details.items()}
+        except FileNotFoundError:
+            return {}
+        return {self._name(path): found[path] for path in sorted(found)}
+
+    def entries(self, folders: bool) -> list[str]:
+        """Names of the folders, or of the files, right below, sorted. FileNotFoundError where there is nothing."""
+        with explained(self.url):
+            found = self._retry(lambda: self.fs.ls(self.root, detail=True))
+        return sorted(
+            self._name(e["name"]).rstrip("/") for e in found if (e["type"] == "directory") == folders
+        )
+
+    def _name(self, path: str) -> str:
+        return path.removeprefix(self.root).lstrip("/")
 
     def write(self, name: str, data: bytes) -> None:
         """Create or replace an object: readers see the old bytes or the new, nothing between."""
@@ -217,7 +244,7 @@ class Store:
     def staging(self, name: str) -> Iterator[Path]:
         """A temporary local file that becomes `name` when the block ends without an error."""
         target = self.path(name)
-        with _explained(self.describe(name)):
+        with explained(self.describe(name)):
             if self.is_local:
                 Path(target).parent.mkdir(parents=True, exist_ok=True)
             handle, temporary = tempfile.mkstemp(
@@ -226,22 +253,38 @@ class Store:
         os.close(handle)
         path = Path(temporary)
         try:
-            yield path
-            with _explained(self.describe(name)):
+            with explained(self.describe(name)):
+                yield path
                 if self.is_local:
                     path.chmod(0o666 & ~UMASK)  # mkstemp makes files that nobody else may read
                     with path.open("rb") as file:
                         os.fsync(file.fileno())
                     path.replace(target)
                 else:
-                    self._retry(lambda: self.fs.put_file(temporary, target))
+                    self._retry(lambda: self._upload(temporary, target))
         finally:
             path.unlink(missing_ok=True)
 
+    def _upload(self, file: str, target: str) -> None:
+        """No reader sees the object before all of it is there."""
+        if not self.url.startswith("s3://") or os.path.getsize(file) <= PART_BYTES:
+            self.fs.put_file(file, target)
+            return
+        # A part that fails is sent again by s3fs itself: our retry sends all of them.
+        fs = fsspec.filesystem("s3", max_concurrency=PARTS, **_s3_options())
+        fs.put_file(file, target, chunksize=PART_BYTES)
+
+    def sha256(self, name: str) -> str:
+        """Of all of an object, read in parts. FileNotFoundError where there is none."""
+        digest = hashlib.sha256()
+        size = self.size(name)
+        for start in range(0, size, PART_BYTES):
+            digest.update(self.read_range(name, start, min(PART_BYTES, size - start)))
+        return digest.hexdigest()
+
     def remove(self, names: list[str]) -> None:
-        with _explained(self.url):
-            for path in map(self.path, names):
-                self._retry(functools.partial(self.fs.rm_file, path))
+        with explained(self.url), ThreadPoolExecutor(1 if self.is_local else PARTS) as pool:
+            list(pool.map(lambda path: self._retry(lambda: self.fs.rm_file(path)), map(self.path, names)))
         if self.is_local:  # folders are real here
             for folder in sorted({os.path.dirname(self.path(name)) for name in names}, reverse=True):
                 if folder != self.root and os.path.isdir(folder) and not os.listdir(folder):
@@ -270,6 +313,27 @@ def open_store(url: str, known: bool = False) -> Store:
     return store
 
 
+def open_shared(url: str, marker: str) -> Store:
+    """A store that another process has told of. UserError where `marker` is not in it: then that process is on another
+    machine, and meant a folder there."""
+    store = open_store(url, known=True)
+    if not store.exists(marker):
+        raise UserError(
+            f"{store.describe(marker)} is not there on {platform.node()}: what many machines work on has to be on a file "
+            "system that they share, or in a bucket"
+        )
+    return store
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} is a link to nothing, or has just gone: remove it, or run this again"
+        ) from None
+
+
 def _walk(folder: str) -> Iterator[str]:
     """Paths of all files below a local folder. FileNotFoundError, or what keeps a folder from being read."""
 
@@ -286,7 +350,7 @@ def _walk(folder: str) -> Iterator[str]:
 
 
 @contextmanager
-def _explained(where: str) -> Iterator[None]:
+def explained(where: str) -> Iterator[None]:
     """Turn what only a person can mend into one message. FileNotFoundError is left to the caller."""
     try:
         yield

@@ -1,9 +1,12 @@
 """What tests share: small real datasets, a real S3 server, and the command line as a user runs it."""
 
+import contextlib
+import io
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,11 +19,24 @@ ROOT = Path(__file__).parents[1]
 IMAGENET_SAMPLE = ROOT.parent / "shared/data/imagenet_sample"
 
 
-def build_dataset(source: str, dest: str, shard_bytes: int = 1 << 20, **options: object) -> Dataset:
-    from pipeline.shards import build  # with webdataset, which a machine for tests/gpu need not have
-    from pipeline.sources import open_source
+@pytest.fixture(scope="session", autouse=True)
+def ray_folder() -> Iterator[None]:
+    """Rays of these tests are known by where they keep their things. A short path: sockets lie there (107 bytes, unix(7))."""
+    with (
+        tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("RAY_TMPDIR", folder)
+        yield
 
-    build(open_source(source), open_store(dest), shard_bytes=shard_bytes, **options)  # type: ignore[arg-type]
+
+def build_dataset(
+    source: str, dest: str, shard_bytes: int = 1 << 20, seed: int = 0, overwrite: bool = False
+) -> Dataset:
+    from pipeline.shards import build  # with webdataset, which a machine for tests/gpu need not have
+    from pipeline.write import Options
+
+    build(source, open_store(dest), Options(shard_bytes=shard_bytes, seed=seed), overwrite=overwrite)
     return open_dataset(dest)
 
 
@@ -81,10 +97,38 @@ def maestream(*words: object, check: bool = True, **environment: str) -> "subpro
     return done
 
 
-def refused(*words: object, **environment: str) -> str:
-    """The one message of a command that is refused: exit code 2, no traceback."""
-    done = maestream(*words, check=False, **environment)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    return done.stderr.strip()
+def printed(*words: object) -> str:
+    """What a command prints that succeeds, run in this process: it saves the seconds that imports take."""
+    code, out, err = _in_this_process(words)
+    assert code == 0, out + err
+    return out
+
+
+def refused(*words: object, process: bool = False, **environment: str) -> str:
+    """The one message of a command that is refused: exit code 2, no traceback. In a process of its own if that is wanted,
+    or needed; without, it saves the seconds that imports take."""
+    if process or environment:
+        done = maestream(*words, check=False, **environment)
+        code, out, err = done.returncode, done.stdout, done.stderr
+    else:
+        code, out, err = _in_this_process(words)
+    assert code == 2, out + err
+    assert "Traceback" not in out + err
+    assert len(err.strip().splitlines()) == 1, err
+    return err.strip()
+
+
+def _in_this_process(words: tuple[object, ...]) -> tuple[object, str, str]:
+    from cluster.cli import main
+
+    out, err, arguments = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = ["maestream", *map(str, words)]
+    code: object = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main()
+    except SystemExit as end:
+        code = end.code
+    finally:
+        sys.argv = arguments
+    return code, out.getvalue(), err.getvalue()

@@ -1,7 +1,7 @@
 """A proxy between an S3 client and the tests' S3 server that does harm on purpose.
 
 It runs in a thread, and knows HTTP just well enough to harm one request at a time: so a client that tries
-again gets on, and a test can say which share of all requests meets what. It is for reading alone.
+again gets on, and a test can say which share of all requests meets what.
 """
 
 import asyncio
@@ -102,12 +102,25 @@ class FaultProxy:
             writer.write(harm if isinstance(harm, bytes) else harm(first_line))
             await writer.drain()
             return False
+        size = _content_length(request)
+        if b"\r\nexpect: 100-continue\r\n" in request.lower():
+            writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            request = re.sub(rb"expect: 100-continue\r\n", b"", request, flags=re.IGNORECASE)
+        if size and harm in ("reset", "short") and self.rng.random() < 0.5:
+            await reader.readexactly(self.rng.randrange(size))  # what is written gets half-way, too
+            _reset(writer)
+            return False
         up_writer.write(request)
+        while size:
+            part = await reader.read(min(size, 1 << 20))
+            if not part:
+                return False
+            up_writer.write(part)
+            await up_writer.drain()
+            size -= len(part)
         response = await up_reader.readuntil(b"\r\n\r\n")
-        length = re.search(rb"\r\ncontent-length: *(\d+)", response, re.IGNORECASE)
-        assert length, response
         if not first_line.startswith("HEAD"):
-            response += await up_reader.readexactly(int(length[1]))
+            response += await _body(up_reader, response)
         while harm == "trickle" and response:
             writer.write(response[:1])
             response = response[1:]
@@ -124,6 +137,22 @@ class FaultProxy:
         if harm == "stall":
             await reader.read()  # until the client has gone
         return False
+
+
+async def _body(reader: asyncio.StreamReader, head: bytes) -> bytes:
+    if b"\r\ntransfer-encoding: chunked" not in head.lower():
+        return await reader.readexactly(_content_length(head))
+    body = b""
+    while not body.endswith(b"0\r\n\r\n"):
+        line = await reader.readuntil(b"\r\n")
+        body += line + await reader.readexactly(int(line.partition(b";")[0], 16) + 2)
+    return body
+
+
+def _content_length(head: bytes) -> int:
+    assert b"\r\ntransfer-encoding:" not in head.lower(), head
+    found = re.search(rb"\r\ncontent-length: *(\d+)", head, re.IGNORECASE)
+    return int(found[1]) if found else 0
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:

@@ -31,7 +31,6 @@ slices are right is asked at every start (`pipeline.decode.check`).
 """
 
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -73,11 +72,6 @@ class Decoder(Protocol):
         ...
 
     def close(self) -> None: ...
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def make_decoder(name: DecoderName, size: int, threads: int, device: torch.device = CPU) -> Decoder:

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, maestream, refused
+from conftest import ROOT, maestream, printed, refused
 from PIL import Image
 from processes import processes
 
@@ -73,14 +73,16 @@ def test_a_build_that_is_killed_is_no_dataset_and_building_again_finishes_it(tmp
     process.kill()
     process.wait()
     assert "begun and not finished" in refused("shards", "show", tmp_path / "out")
-    maestream(*words[:2], "synthetic:?count=20", *words[3:])
-    assert "20 images in 2 shards are whole" in maestream("shards", "verify", tmp_path / "out").stdout
+    other = (*words[:2], "synthetic:?count=20", *words[3:])
+    assert "a build of something else" in refused(*other)
+    maestream(*other, "--overwrite")
+    assert "20 images in 1 shards are whole" in maestream("shards", "verify", tmp_path / "out").stdout
     assert not [path for path in (tmp_path / "out").rglob("*") if path.name.startswith(".maestream")]
 
 
 def test_order_is_json_lines_and_the_same_at_every_world_size(scenes: Dataset) -> None:
     def lines(*words: object) -> list[dict]:
-        out = maestream("order", scenes.store.url, "--global-batch", 12, *words).stdout
+        out = printed("order", scenes.store.url, "--global-batch", 12, *words)
         return [json.loads(line) for line in out.splitlines()]
 
     whole = lines("--seed", 3, "--epoch", 2)
@@ -106,15 +108,15 @@ def test_sources_and_destinations_that_are_refused(scenes: Dataset, tmp_path: Pa
     def build(*words: object) -> str:
         return refused("shards", "build", *words)
 
-    assert "no such folder" in build(tmp_path / "missing", tmp_path / "out")
+    assert "no such file or folder" in build(tmp_path / "missing", tmp_path / "out")
     assert "no images in it" in build(tmp_path / "empty", tmp_path / "out")
     assert "already has a dataset" in build("synthetic:?count=1", scenes.store.url)
-    assert "does not decode" in build(tmp_path / "torn", tmp_path / "out", "--strict")
+    assert "a.jpg cannot be read" in build(tmp_path / "torn", tmp_path / "out", "--strict")
     assert "gs://" in build("gs://bucket/x", tmp_path / "o")
     (tmp_path / "file").write_text("x")
     assert "is a file" in build("synthetic:?count=1", tmp_path / "file")
     assert "is a file" in build("synthetic:?count=1", tmp_path / "file" / "below")
-    assert "is a file" in build(tmp_path / "file", tmp_path / "out")
+    assert "is a file" in build(tmp_path / "file", tmp_path / "other")
     maestream("shards", "build", tmp_path / "torn", tmp_path / "out")  # and after that it is built
 
 

@@ -5,22 +5,26 @@ import os
 import random
 import re
 import shutil
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import build_dataset, maestream, refused
+import torch
+import torch.multiprocessing as mp
+from conftest import build_dataset, maestream, printed, refused
+from gloo import gloo_group
 from processes import command_line
 from run_control import kill, losses, running, wait_for_step, wait_until, workers_of
 
 from cluster.failures import HOPELESS
-from pipeline.manifest import Dataset
+from pipeline.manifest import Dataset, open_dataset
 from pipeline.storage import open_store
+from trainer.config import PretrainConfig, load_config
 from trainer.events import read_events
 from trainer.metrics import read_metrics
-from trainer.run import read_starts
+from trainer.pretrain import pretrain
+from trainer.run import Run, fix_order, found_run, read_starts
 
 RECIPE = """
 global_batch: 12
@@ -50,43 +54,36 @@ def words(recipe: Path, data: str, out: object, *more: str) -> tuple[object, ...
 
 @pytest.fixture(scope="module")
 def whole(recipe: Path, scenes: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two workers that nothing disturbed."""
+    """A run of two workers that nothing disturbed, not even Ray."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    done = maestream(*words(recipe, scenes.store.url, out))
-    assert "step 200/200" in done.stdout
+    mp.spawn(_worker, (str(recipe), scenes.store.url, str(out)), nprocs=2)  # type: ignore[attr-defined]
     return out
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_been(
-    recipe: Path, scenes: Dataset, whole: Path, tmp_path: Path
-) -> None:
+def _worker(rank: int, recipe: str, data: str, out: str) -> None:
+    torch.set_num_threads(1)  # as Ray's workers, of one core each
+    with gloo_group(f"{out}.rendezvous", rank, 2):
+        dataset = open_dataset(data)
+        config = fix_order(load_config(PretrainConfig, recipe), dataset)
+        run = Run(open_store(out), "whole", 1, rank, 2)
+        if rank == 0:
+            found_run(config, run, dataset)
+        assert pretrain(config, dataset, run)
+
+
+def test_kills_change_nothing(recipe: Path, scenes: Dataset, whole: Path, tmp_path: Path) -> None:
+    """A worker first, then the driver and all of its workers."""
     out = tmp_path / "run"
-    command = words(recipe, scenes.store.url, out)
+    store, command = open_store(str(out)), words(recipe, scenes.store.url, out)
     with running(command) as process:
         wait_for_step(57, process, out)  # in the middle of an epoch, and between two commits
-        assert "is being trained by process" in refused(*command)
-        kill(*workers_of(process.pid), process.pid)
-    assert 57 < len(losses(out)) < 200
-    done = maestream(*command)
-    assert "attempt 2" in done.stdout
-    rows = read_metrics(open_store(str(out)))
-    assert [row["step"] for row in rows] == list(range(200))
-    assert rows[0]["attempt"] == 1
-    assert rows[-1]["attempt"] == 2
-    assert [row["loss"] for row in rows] == losses(whole)  # bit for bit
-
-
-def test_a_killed_worker_is_replaced_and_nothing_has_been(
-    recipe: Path, scenes: Dataset, whole: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "run"
-    with running(words(recipe, scenes.store.url, out)) as process:
-        wait_for_step(57, process, out)
+        assert "is being trained by process" in refused(*command, process=True)
         kill(workers_of(process.pid)[0])
-        printed, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, printed
-    assert [row["loss"] for row in read_metrics(open_store(str(out)))] == losses(whole)
-    first, failure, second = read_events(open_store(str(out)))
+        wait_until(lambda: len(read_starts(store)) == 2)
+        wait_for_step(len(losses(out)) + 5, process, out)
+        kill(*workers_of(process.pid), process.pid)
+        printed, _ = process.communicate(timeout=60)
+    first, failure, second = read_events(store)
     assert (first["attempt"], first["step"], first["world_size"]) == (1, 0, 2)
     assert re.fullmatch(r"worker [01] died", failure["cause"])
     assert second["attempt"] == 2
@@ -94,9 +91,17 @@ def test_a_killed_worker_is_replaced_and_nothing_has_been(
     assert second["redone"] <= 10
     assert f"{failure['cause']}: starting the workers again" in printed
     assert f"attempt 2: 2 workers from step {second['step']}, {second['redone']} steps redone" in printed
+
+    done = maestream(*command)
+    assert "attempt 3" in done.stdout
+    rows = read_metrics(store)
+    assert [row["step"] for row in rows] == list(range(200))
+    assert (rows[0]["attempt"], rows[-1]["attempt"]) == (1, 3)
+    assert [row["loss"] for row in rows] == losses(whole)  # bit for bit
     assert not Path("/dev/shm", f"maestream-{json.loads((out / 'run.json').read_text())['run_id']}").exists()
 
 
+@pytest.mark.soak
 def test_failures_without_progress_stop_the_run_with_their_cause(
     recipe: Path, scenes: Dataset, tmp_path: Path
 ) -> None:
@@ -148,9 +153,7 @@ def test_the_same_run_from_and_to_a_bucket(
     assert "pictures/step-00000200.png" in names
     assert any(name.startswith("tensorboard/events") for name in names)
     # and the run can be looked at
-    out = maestream(
-        "reconstruct", store.url, "--data", remote.store.url, "--grid", f"{s3}/r.png", "--count", 8
-    ).stdout
+    out = printed("reconstruct", store.url, "--data", remote.store.url, "--grid", f"{s3}/r.png", "--count", 8)
     assert "step 200: error over masked" in out
     assert open_store(s3).read("r.png").startswith(b"\x89PNG")
 
@@ -161,20 +164,20 @@ def test_what_only_a_person_can_mend_stops_all_ranks_with_exit_code_2(
     shutil.copytree(scenes.store.root, tmp_path / "data")
     shard = sorted((tmp_path / "data").glob("*.tar"))[1]
     shard.unlink()
-    command = words(recipe, str(tmp_path / "data"), tmp_path / "run")
-    message = refused(*command)
+    command = words(recipe, str(tmp_path / "data"), tmp_path / "run", "epochs=4")
+    message = refused(*command, process=True)
     assert f"{shard.name} is missing" in message
     assert json.loads((tmp_path / "run" / "failed.json").read_text())["reason"] in message
     assert read_starts(open_store(str(tmp_path / "run"))) == [0]  # it was not tried again
     shutil.copy(Path(scenes.store.root) / shard.name, shard)
     other = build_dataset("synthetic:?count=70&classes=7&seed=9", str(tmp_path / "other"))
-    assert "another dataset" in refused(*words(recipe, other.store.url, tmp_path / "run"))
+    assert "another dataset" in refused(*words(recipe, other.store.url, tmp_path / "run", "epochs=4"))
     done = maestream(*command)
     assert f"the last time it stopped, because {shard}" in done.stdout
     assert not (tmp_path / "run" / "failed.json").exists()
 
 
-def test_nothing_is_left_running(whole: Path) -> None:
+def test_nothing_is_left_running() -> None:
     """Embedded Rays end with their driver, also the one that was killed."""
     deadline = time.monotonic() + 30
     while (left := _raylets_of_this_test()) and time.monotonic() < deadline:
@@ -183,7 +186,7 @@ def test_nothing_is_left_running(whole: Path) -> None:
 
 
 def _raylets_of_this_test() -> list[str]:
-    """Command lines of Ray daemons that live in this environment's folder."""
+    """Command lines of Ray daemons whose folder is that of these tests."""
     lines = [command_line(process) for process in psutil.process_iter() if process.pid != os.getpid()]
-    ours = [line[:120] for line in lines if line.startswith(sys.prefix)]
-    return [line for line in ours if "raylet" in line or "gcs_server" in line]
+    ours = [line for line in lines if os.environ["RAY_TMPDIR"] in line]
+    return [line[:120] for line in ours if "raylet" in line or "gcs_server" in line]

@@ -2,6 +2,7 @@
 stops in time, says why, and goes on from there later."""
 
 import contextlib
+import hashlib
 import os
 import random
 import threading
@@ -190,6 +191,40 @@ def test_large_objects_are_whole(
     proxy.share, proxy.harms = 0.4, [SLOW_DOWN, "reset", "short", whole]
     for name, data in large.items():
         assert store.read(name) == data
+
+
+def test_large_objects_are_written_whole(proxy: FaultProxy, s3: str) -> None:
+    """In parts, and none of them is seen before all are there."""
+    store = open_store(f"{s3}/large-written")
+    data = random.Random(0).randbytes(5 * storage.PART_BYTES + 7)
+    store.write("object", data[: storage.PART_BYTES])
+    done = threading.Event()
+    seen = set()
+
+    def watch() -> None:
+        direct = s3fs_past(proxy)
+        while not done.wait(0.01):
+            seen.add(direct.size(store.path("object")))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    proxy.share, proxy.harms = 0.4, [SLOW_DOWN, "reset", "short"]
+    try:
+        store.write("object", data)
+    finally:
+        done.set()
+        watcher.join()
+    proxy.calm()
+    assert proxy.harmed
+    assert store.sha256("object") == hashlib.sha256(data).hexdigest()
+    assert seen <= {storage.PART_BYTES, len(data)}
+    parts = [line for line in proxy.requests if "partNumber=" in line]
+    assert 6 < len(parts) < 60  # single ones were sent again
+
+
+def s3fs_past(proxy: FaultProxy) -> S3FileSystem:
+    """A client that nothing harms."""
+    return S3FileSystem(endpoint_url=f"http://127.0.0.1:{proxy.upstream}", skip_instance_cache=True)
 
 
 def outage(proxy: FaultProxy, how: Harm | None) -> None:

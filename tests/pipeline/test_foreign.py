@@ -18,9 +18,10 @@ from PIL import Image
 
 from pipeline.errors import UserError
 from pipeline.manifest import Dataset, open_dataset
-from pipeline.shards import build, verify
-from pipeline.sources import open_source
+from pipeline.shards import build
 from pipeline.storage import Store, open_store
+from pipeline.verify import verify
+from pipeline.write import Options
 
 
 def test_shards_of_webdatasets_own_writer(tmp_path: Path) -> None:
@@ -263,7 +264,7 @@ def test_what_is_there_is_kept(tmp_path: Path) -> None:
     assert (tmp_path / "manifest.json").read_bytes() == manifest
     assert check(open_dataset(str(tmp_path))).keys() == {"a"}
     with pytest.raises(UserError, match="made by `maestream shards index`"):
-        build(open_source("synthetic:?count=1"), open_store(str(tmp_path)), shard_bytes=1000, overwrite=True)
+        build("synthetic:?count=1", open_store(str(tmp_path)), Options(shard_bytes=1000), overwrite=True)
     assert shard.read_bytes() == before
 
 

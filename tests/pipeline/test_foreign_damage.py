@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import UserError
 from pipeline.manifest import open_dataset
-from pipeline.shards import verify
+from pipeline.verify import verify
 
 
 def broken_header(data: bytes, name: bytes) -> bytes:

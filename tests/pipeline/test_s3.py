@@ -9,8 +9,8 @@ from test_loader import make_loader
 
 from pipeline.errors import UserError
 from pipeline.manifest import Dataset, open_dataset
-from pipeline.shards import verify
 from pipeline.storage import open_store
+from pipeline.verify import verify
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,9 @@ def test_building_over_a_half_built_prefix_starts_clean(remote: Dataset, s3: str
         store.write(name, b"half")
     with pytest.raises(UserError, match="begun and not finished"):
         open_dataset(store.url)
-    dataset = build_dataset("synthetic:?count=70&classes=7", store.url)
+    with pytest.raises(UserError, match="--overwrite starts anew"):
+        build_dataset("synthetic:?count=70&classes=7", store.url)
+    dataset = build_dataset("synthetic:?count=70&classes=7", store.url, overwrite=True)
     assert sorted(store.names()) == sorted(remote.store.names())
     assert verify(dataset) == []
 
@@ -62,7 +64,7 @@ def test_what_a_bucket_refuses_is_one_message(remote: Dataset, s3: str) -> None:
     )
     assert "there is no such bucket" in refused("shards", "build", "s3://no-such-bucket/x", f"{s3}/x")
     assert "not a dataset" in refused("shards", "show", f"{s3}/nothing/here")
-    assert "no such folder" in refused("shards", "build", f"{s3}/nothing/here", f"{s3}/x")
+    assert "no such file or folder" in refused("shards", "build", f"{s3}/nothing/here", f"{s3}/x")
     assert "names no bucket" in refused("shards", "show", "s3://")
     for words in (("show", f"{s3}/scenes"), ("build", "synthetic:?count=1", f"{s3}/x")):
         message = refused("shards", *words, AWS_SECRET_ACCESS_KEY="wrong-key-1234")

@@ -14,14 +14,17 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 from conftest import build_dataset
+from official import parquet_files, train_tar
 from PIL import Image
 
 from pipeline.errors import UserError
 from pipeline.manifest import Dataset, open_dataset
 from pipeline.scenes import draw_scene
-from pipeline.shards import build, verify
-from pipeline.sources import Item, Source, open_source
+from pipeline.shards import build
+from pipeline.sources import open_source
 from pipeline.storage import open_store
+from pipeline.verify import verify
+from pipeline.write import Options, Receipt
 
 
 @pytest.fixture
@@ -97,52 +100,158 @@ def test_a_truncated_image_is_left_out_and_named_or_stops_a_strict_build(
     victim = folder / "bee" / "bee.0.JPEG"
     victim.write_bytes(victim.read_bytes()[:5000])
     (folder / "cat" / "not_an_image.jpg").write_text("hello")
-    built = build(open_source(str(folder)), open_store(str(tmp_path / "out")), shard_bytes=1 << 20)
+    built = build(str(folder), open_store(str(tmp_path / "out")), Options())
     assert built.manifest.samples == 6
     assert sorted(line.partition(":")[0] for line in built.left_out) == [
         "bee/bee.0.JPEG",
         "cat/not_an_image.jpg",
     ]
     with pytest.raises(UserError, match=r"bee\.0\.JPEG|not_an_image"):
-        build(
-            open_source(str(folder)), open_store(str(tmp_path / "strict")), shard_bytes=1 << 20, strict=True
-        )
+        build(str(folder), open_store(str(tmp_path / "strict")), Options(strict=True))
 
 
 class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("at", [0, 1, 7, 13, 19])
-def test_a_killed_build_is_no_dataset_and_the_next_one_starts_clean(tmp_path: Path, at: int) -> None:
-    """Ends a build at its at-th image, and once more while it replaces a dataset."""
-    whole = open_source("synthetic:?count=20&classes=4")
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_killed_build_is_no_dataset_and_the_next_one_goes_on(tmp_path: Path, at: int) -> None:
+    """Ends a build after its at-th shard, and once more while it replaces a dataset."""
+    source, options = "synthetic:?count=24&classes=4", Options(shard_bytes=300_000)
+    store = open_store(str(tmp_path / "out"))
 
-    def dying(item: Item) -> Item:
-        def load() -> bytes:
+    def die(receipt: Receipt, kept: bool) -> None:
+        if receipt.name == f"shard-{at:06d}.tar":
             raise Killed
 
-        return Item(item.key, item.label, item.name, load)
-
-    broken = Source(
-        [*whole.items[:at], dying(whole.items[at]), *whole.items[at + 1 :]], whole.classes, "dying"
-    )
-    store = open_store(str(tmp_path / "out"))
-    for _ in range(2):
+    for overwrite in (False, True):
         with pytest.raises(Killed):
-            build(broken, store, shard_bytes=300_000, overwrite=True)
+            build(source, store, options, overwrite=overwrite, on_shard=die)
         with pytest.raises(UserError, match="begun and not finished"):
             open_dataset(store.url)
-        build(whole, store, shard_bytes=200_000)
+        with pytest.raises(UserError, match="with other options"):
+            build(source, store, Options(shard_bytes=300_000, seed=1))
+        assert build(source, store, options).kept == at + 1
         assert verify(open_dataset(store.url)) == []
-    clean = build_dataset("synthetic:?count=20&classes=4", str(tmp_path / "clean"), 200_000)
+    clean = build_dataset(source, str(tmp_path / "clean"), 300_000)
+    assert clean.manifest.shards > 3
     names = [sorted(open_store(d).names()) for d in (store.url, clean.store.url)]
     assert names[0] == names[1]  # nothing is left of the builds that died
 
 
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_a_killed_build_of_an_archive_goes_on(kind: str, tmp_path: Path) -> None:
+    for label, wnid in enumerate(["n01440764", "n01443537"]):
+        (tmp_path / "tree" / wnid).mkdir(parents=True)
+        for i in range(12):
+            (tmp_path / "tree" / wnid / f"{wnid}_{i}.JPEG").write_bytes(draw_scene(0, i, label))
+    if kind == "tar":
+        source = str(train_tar(tmp_path / "tree", tmp_path / "train.tar"))
+    else:
+        source = parquet_files(tmp_path / "tree", tmp_path / "hub")
+    store, options = open_store(str(tmp_path / "out")), Options(shard_bytes=300_000)
+
+    def die(receipt: Receipt, kept: bool) -> None:
+        if receipt.name == "shard-000001.tar":
+            raise Killed
+
+    with pytest.raises(Killed):
+        build(source, store, options, on_shard=die)
+    parts = {path: path.stat().st_ino for path in (tmp_path / "out" / "building").glob("part-*")}
+    assert bool(parts) == (kind == "parquet")
+
+    def check_parts(receipt: Receipt, kept: bool) -> None:
+        assert all(path.stat().st_ino == number for path, number in parts.items())
+
+    assert build(source, store, options, on_shard=check_parts).kept == 2
+    clean = build_dataset(source, str(tmp_path / "clean"), 300_000)
+    assert open_dataset(store.url).fingerprint == clean.fingerprint
+    assert sorted(store.names()) == sorted(clean.store.names())
+
+
+def test_a_shard_that_was_harmed_since_is_written_again(tmp_path: Path) -> None:
+    source, options = "synthetic:?count=24&classes=4", Options(shard_bytes=300_000)
+    store = open_store(str(tmp_path / "out"))
+
+    def die(receipt: Receipt, kept: bool) -> None:
+        if receipt.name == "shard-000003.tar":
+            raise Killed
+
+    with pytest.raises(Killed):
+        build(source, store, options, on_shard=die)
+    harmed = tmp_path / "out" / "shard-000001.tar"
+    harmed.write_bytes(harmed.read_bytes().replace(b"square", b"sqqare"))
+    (tmp_path / "out" / "index" / "shard-000002.parquet").write_bytes(b"")
+    (tmp_path / "out" / "building" / "shard-000003.json").write_bytes(b"{")
+    assert build(source, store, options).kept == 1
+    assert verify(open_dataset(store.url)) == []
+
+
+def test_duplicates_are_named_and_dropped_if_asked_for(folder: Path, tmp_path: Path) -> None:
+    shutil.copy(folder / "ant" / "ant.0.JPEG", folder / "bee" / "again.JPEG")
+    shutil.copy(folder / "ant" / "ant.0.JPEG", folder / "cat" / "again.JPEG")
+    built = build(str(folder), open_store(str(tmp_path / "out")), Options(shard_bytes=150_000))
+    assert built.manifest.samples == 9
+    assert len(built.duplicates) == 2
+    assert all("again" in line or "ant/ant_0" in line for line in built.duplicates)
+    options = Options(shard_bytes=150_000, drop_duplicates=True)
+    built = build(str(folder), open_store(str(tmp_path / "dropped")), options)
+    assert built.duplicates == [f"{c}/again.JPEG is the same as ant/ant.0.JPEG" for c in ("bee", "cat")]
+    assert built.manifest.samples == 7
+    assert built.manifest.built["duplicates_dropped"] == 2
+
+
+def test_a_build_killed_while_it_cleans_up_is_not_done_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, options = open_store(str(tmp_path / "out")), Options(shard_bytes=150_000)
+
+    def die(_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.shards._clean_up", die)
+        with pytest.raises(Killed):
+            build(str(folder), store, options)
+    written = {
+        name: (tmp_path / "out" / name).stat().st_ino for name in store.names() if name.endswith(".tar")
+    }
+    build(str(folder), store, options)
+    assert {name: (tmp_path / "out" / name).stat().st_ino for name in written} == written
+    assert "building" not in " ".join(store.names())
+    assert verify(open_dataset(store.url)) == []
+
+
+def test_without_strict_a_strict_build_goes_on(folder: Path, tmp_path: Path) -> None:
+    (folder / "cat" / "not_an_image.jpg").write_text("hello")
+    store = open_store(str(tmp_path / "out"))
+    with pytest.raises(UserError, match="not_an_image"):
+        build(str(folder), store, Options(shard_bytes=100_000, strict=True))
+    assert build(str(folder), store, Options(shard_bytes=100_000)).left_out
+    with pytest.raises(UserError, match="already has a dataset"):
+        build(str(folder), store, Options(shard_bytes=100_000))
+
+
+def test_nothing_is_built_over_its_own_source(tmp_path: Path) -> None:
+    dataset = build_dataset("synthetic:?count=8", str(tmp_path / "ds"), 100_000)
+    (tmp_path / "link").symlink_to(tmp_path / "ds")
+    before = sorted(dataset.store.names())
+    for source in ("ds", "ds/shard-*.tar", "ds/shard-000000.tar", "link", "link/shard-000000.tar"):
+        for dest in (tmp_path / "ds", tmp_path / "link", f"file://{tmp_path}/ds"):
+            with pytest.raises(UserError, match="itself"):
+                build(f"{tmp_path}/{source}", open_store(str(dest)), Options(), overwrite=True)
+    assert sorted(dataset.store.names()) == before
+
+
+def test_a_link_to_nothing_is_named(folder: Path, tmp_path: Path) -> None:
+    (folder / "cat" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    with pytest.raises(UserError, match=r"gone\.jpg is a link to nothing"):
+        build(str(folder), open_store(str(tmp_path / "out")), Options())
+
+
 def test_destinations_that_are_refused(folder: Path, scenes: Dataset, tmp_path: Path) -> None:
     def to(dest: Path | str) -> None:
-        build(open_source(str(folder)), open_store(str(dest)), shard_bytes=1 << 20)
+        build(str(folder), open_store(str(dest)), Options())
 
     with pytest.raises(UserError, match="already has a dataset"):
         to(scenes.store.root)
@@ -157,19 +266,29 @@ def test_destinations_that_are_refused(folder: Path, scenes: Dataset, tmp_path: 
     assert (tmp_path / "thesis" / "chapter1.txt").read_text() == "precious"
 
 
+def test_a_dataset_is_not_replaced_by_a_source_that_is_refused(scenes: Dataset, tmp_path: Path) -> None:
+    shutil.copytree(scenes.store.root, tmp_path / "copy")
+    store = open_store(str(tmp_path / "copy"))
+    before = {name: store.read(name) for name in store.names()}
+    for source in (tmp_path / "nothing", tmp_path / "nothing.tar", "synthetic:?count=0"):
+        with pytest.raises(UserError):
+            build(str(source), store, Options(), overwrite=True)
+    assert {name: store.read(name) for name in store.names()} == before
+
+
 def test_sources_that_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such folder"):
-        open_source(str(tmp_path / "nothing"))
+    with pytest.raises(UserError, match="no such file or folder"):
+        open_source(str(tmp_path / "nothing"), lambda: open_store(str(tmp_path)))
     with pytest.raises(UserError, match="no images in it"):
-        open_source(str(tmp_path))
+        open_source(str(tmp_path), lambda: open_store(str(tmp_path)))
     (tmp_path / "a").mkdir()
     for name in ("a/x.jpg", "a/x.png"):
         (tmp_path / name).write_bytes(draw_scene(0, 0, 0))
     with pytest.raises(UserError, match="both get the key"):
-        open_source(str(tmp_path))
+        open_source(str(tmp_path), lambda: open_store(str(tmp_path)))
     (tmp_path / "flat.jpg").write_bytes(draw_scene(0, 0, 0))
     with pytest.raises(UserError, match="both in class folders"):
-        open_source(str(tmp_path))
+        open_source(str(tmp_path), lambda: open_store(str(tmp_path)))
     for url in (
         "synthetic:?count=0",
         "synthetic:?count=²",
@@ -178,7 +297,7 @@ def test_sources_that_are_refused(tmp_path: Path) -> None:
         "synthetic:?count=x",
     ):
         with pytest.raises(UserError, match="synthetic"):
-            open_source(url)
+            open_source(url, lambda: open_store(str(tmp_path)))
 
 
 def test_verify_finds_every_kind_of_damage(scenes: Dataset, tmp_path: Path) -> None:
@@ -225,7 +344,7 @@ def test_linked_class_folders_are_followed(folder: Path, tmp_path: Path) -> None
     (folder / "bee").rename(tmp_path / "elsewhere" / "bee")
     (folder / "bee").symlink_to(tmp_path / "elsewhere" / "bee")
     (folder / "cat" / "loop").symlink_to(folder)
-    source = open_source(str(folder))
+    source = open_source(str(folder), lambda: open_store(str(tmp_path)))
     assert source.classes == ["ant", "bee", "cat"]
     assert len(source.items) == 7
 
@@ -235,7 +354,7 @@ def test_a_class_folder_that_may_not_be_read_is_an_error(folder: Path) -> None:
     (folder / "bee").chmod(0)
     try:
         with pytest.raises(UserError, match="access refused"):
-            open_source(str(folder))
+            open_source(str(folder), lambda: open_store(str(folder)))
     finally:
         (folder / "bee").chmod(0o755)
 

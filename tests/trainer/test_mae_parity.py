@@ -75,8 +75,15 @@ def to_theirs(ours: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return theirs
 
 
-@pytest.mark.parametrize("config", [BASE, ODD], ids=["B/16 at 224", "non-default"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(
+    ("config", "dtype", "tolerance"),
+    [
+        pytest.param(BASE, torch.float32, 1e-5, id="B/16 at 224"),
+        pytest.param(BASE, torch.float64, 1e-9, id="B/16 at 224, exactly", marks=pytest.mark.soak),
+        pytest.param(ODD, torch.float32, 1e-5, id="non-default"),
+        pytest.param(ODD, torch.float64, 1e-9, id="non-default, exactly"),
+    ],
+)
 def test_same_numbers_as_the_published_model(
     config: ModelConfig, dtype: torch.dtype, tolerance: float
 ) -> None:

@@ -64,7 +64,7 @@ def _worker(
     with gloo_group(f"{out}.rendezvous", rank, world_size):
         dataset = open_dataset(data)
         config = config_of(**changes)
-        run = Run(open_store(out), "test", 1, rank, world_size, ledger=True)
+        run = Run(open_store(out), Path(out).parent.name, 1, rank, world_size, ledger=True)
         if rank == 0:
             found_run(config, run, dataset)
         else:
@@ -88,7 +88,7 @@ def spawn(world_size: int, *arguments: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "world_size", [2, 3, *(pytest.param(w, marks=pytest.mark.soak) for w in (4, 5, 6)), 7]
+    "world_size", [2, 3, *(pytest.param(w, marks=pytest.mark.soak) for w in (4, 5, 6, 7))]
 )
 def test_world_size_changes_no_loss_and_no_parameter(
     scenes: Dataset, tmp_path: Path, world_size: int
@@ -106,8 +106,15 @@ def test_world_size_changes_no_loss_and_no_parameter(
         assert torch.allclose(theirs[name], tensor, rtol=1e-7, atol=1e-9), name
 
 
-@pytest.mark.parametrize("wish", [Wish.MOVE, Wish.SAVE])
-@pytest.mark.parametrize("snapshots", ["/dev/shm", None])
+@pytest.mark.parametrize(
+    ("wish", "snapshots"),
+    [
+        (Wish.MOVE, "/dev/shm"),
+        (Wish.SAVE, None),
+        pytest.param(Wish.MOVE, None, marks=pytest.mark.soak),
+        pytest.param(Wish.SAVE, "/dev/shm", marks=pytest.mark.soak),
+    ],
+)
 def test_all_leave_after_the_same_step_and_nothing_is_redone(
     scenes: Dataset, tmp_path: Path, wish: Wish, snapshots: str | None
 ) -> None:
@@ -127,7 +134,7 @@ def test_all_leave_after_the_same_step_and_nothing_is_redone(
     order = make_order(config_of(), scenes)
     for row in rows[:11]:
         assert sorted(row["sample_ids"]) == sorted(order.step_ids(row["step"], 0, 1).tolist())
-    assert not Path("/dev/shm/maestream-test").exists()
+    assert not Path(f"/dev/shm/maestream-{tmp_path.name}").exists()
 
 
 def test_a_deleted_run_folder_and_the_same_name_again_start_from_zero(

@@ -1,0 +1,170 @@
+"""Shards are the same bytes at any number of tasks and whoever is killed; nothing is done twice but what was under way."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import psutil
+import pytest
+from conftest import IMAGENET_SAMPLE, ROOT, build_dataset, maestream, refused
+from fault_proxy import SLOW_DOWN, fault_proxy
+from processes import processes
+from run_control import kill, wait_until
+
+from pipeline.manifest import open_dataset
+from pipeline.storage import open_store
+from pipeline.verify import verify
+
+SOURCE = "synthetic:?count=96&classes=6"
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """All that was written, but for the picture, which no shard is made of."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "contact-sheet.png"
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What one process writes."""
+    folder = tmp_path_factory.mktemp("whole")
+    build_dataset(SOURCE, str(folder), 1 << 19)
+    return tree(folder)
+
+
+def test_any_number_of_tasks_writes_the_same_bytes(whole: dict[str, bytes], tmp_path: Path) -> None:
+    for tasks in (1, 2, 5):
+        out = tmp_path / str(tasks)
+        printed = maestream("shards", "build", SOURCE, out, "--shard-mb", 0.5, "--tasks", tasks).stdout
+        assert "96 images in 10 shards" in printed
+        assert tree(out) == whole
+
+
+class Build:
+    """`maestream shards build` under way, in which something is killed now and then."""
+
+    def __init__(self, out: Path, rng: random.Random, source: str = SOURCE, shard_mb: float = 0.5) -> None:
+        self.out, self.rng, self.source, self.shard_mb = out, rng, source, shard_mb
+        self.kills = 0
+        self.written: dict[str, int] = {}  # shard → inode: another one if it is written again
+
+    def receipts(self) -> list[str]:
+        return sorted(path.stem for path in (self.out / "building").glob("shard-*.json"))
+
+    def check_kept(self) -> None:
+        """No shard that was done is written again."""
+        for name in self.receipts() or self.written:  # receipts go at the end
+            number = (self.out / f"{name}.tar").stat().st_ino
+            assert self.written.setdefault(name, number) == number, f"{name} was written twice"
+
+    def run(self, *victims: str) -> str:
+        """To its end, or until its driver is killed. Each kill comes after another shard, or two."""
+        words = ["shards", "build", self.source, self.out, "--shard-mb", self.shard_mb, "--tasks", 2]
+        process = psutil.Popen(
+            [str(ROOT / ".venv/bin/maestream"), *map(str, words)], stdout=-1, stderr=-1, text=True
+        )
+        for victim in victims:
+            done = len(self.receipts()) + self.rng.randint(1, 2)
+            wait_until(lambda done=done: len(self.receipts()) >= done or process.poll() is not None)
+            time.sleep(self.rng.uniform(0, 0.3))
+            if process.poll() is not None:
+                break
+            self.check_kept()
+            if victim == "driver":
+                left = processes("ray::write_shard", process.pid)  # Ray's own take a minute to end
+                kill(process.pid)
+                process.communicate()
+                wait_until(lambda left=left: not any(map(psutil.pid_exists, left)))
+                self.kills += 1
+                return ""
+            if tasks := processes("ray::write_shard", process.pid):
+                kill(self.rng.choice(tasks))
+                self.kills += 1
+        printed, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, printed + errors
+        self.check_kept()
+        return str(printed)
+
+
+def test_killed_and_begun_again_it_writes_the_same_and_nothing_twice(
+    whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    build = Build(tmp_path / "out", random.Random(0))
+    build.run("task", "driver")
+    kept = len(build.receipts())
+    printed = build.run("task")
+    assert f"{kept} of the shards were there from before" in printed
+    assert tree(tmp_path / "out") == whole
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_twenty_kills(tmp_path: Path) -> None:
+    rng = random.Random(1)
+    source = "synthetic:?count=400&classes=6"
+    build_dataset(source, str(tmp_path / "whole"), 1 << 19)
+    kills = 0
+    while kills < 20:
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        build = Build(tmp_path / "out", rng, source)
+        for _ in range(3):
+            build.run(*rng.choice([("driver",), ("task", "driver"), ("task", "task", "driver")]))
+            if not (tmp_path / "out" / "building.json").exists():
+                break  # it ended before
+        else:
+            build.run()
+        assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+        kills += build.kills
+
+
+def test_straight_to_a_bucket_that_harms_what_is_written(whole: dict[str, bytes], s3: str) -> None:
+    url = f"{s3}/shards-through-faults"
+    with fault_proxy(urlsplit(os.environ["AWS_ENDPOINT_URL"]).port or 0) as proxy:
+        through = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}"}
+        proxy.share, proxy.harms = 0.2, ("reset", "short", SLOW_DOWN)
+        maestream("shards", "build", SOURCE, url, "--shard-mb", 0.5, **through)
+        assert proxy.harmed > 10
+    store = open_store(url)
+    names = [name for name in store.names() if name != "contact-sheet.png"]
+    assert {name: store.read(name) for name in names} == whole
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [("size=3m", "no space left"), ("size=3m,ro", "Read-only file system")]
+)
+def test_a_destination_that_is_full_or_may_not_be_written_is_one_message(
+    options: str, message: str, tmp_path: Path
+) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", small], check=False).returncode:
+        pytest.skip("may not mount here")
+    try:
+        said = refused("shards", "build", SOURCE, small / "out", "--shard-mb", 0.5, process=True)
+        assert message in said
+        assert str(small) in said
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def test_what_is_odd_is_said(tmp_path: Path) -> None:
+    if not IMAGENET_SAMPLE.is_dir():
+        pytest.skip("no ImageNet sample beside the project")
+    out = tmp_path / "out"
+    printed = maestream("shards", "build", IMAGENET_SAMPLE, out, "--longer-side", 256, "--rgb-jpeg").stdout
+    assert "classes are missing" in printed
+    dataset = open_dataset(str(out))
+    assert verify(dataset) == []
+    assert dataset.manifest.built["changed"] > 200
+    assert "longer side at most 256 pixels" in dataset.manifest.built["bytes"]
+    index = dataset.read_index_table(0)
+    assert max(index["width"].to_pylist() + index["height"].to_pylist()) == 256
+    assert json.loads((out / "manifest.json").read_text())["samples"] == 250
