@@ -54,6 +54,11 @@ class Ranges:
 
     url: str
 
+    @property
+    def waits(self) -> bool:
+        """Whether bytes take much longer to come than to read."""
+        return not open_store(self.url, known=True).is_local
+
     def open(self) -> Callable[[Item], bytes]:
         store = open_store(self.url, known=True)
 
@@ -76,6 +81,7 @@ class Scenes:
     """Draws items."""
 
     seed: int
+    waits = False
 
     def open(self) -> Callable[[Item], bytes]:
         return lambda item: draw_scene(self.seed, item.offset, item.label)

@@ -97,7 +97,7 @@ class Store:
         """The whole of an object. FileNotFoundError where there is none."""
         with explained(self.describe(name)):
             if self.is_local:
-                return self._retry(lambda: self.fs.cat_file(self.path(name)))
+                return self._retry(lambda: Path(self.path(name)).read_bytes())
             # The first part without asking for the size: most objects are no larger.
             left = self._clock()
             first = self._retry(lambda: self._read_once(name, 0, PART_BYTES, left()))

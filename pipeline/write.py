@@ -83,7 +83,7 @@ def write_shard(shard: Shard) -> tuple[Receipt, bool]:
     index_sha256 = content = ""
     if head is not None:
         with store.staging(shard.name) as path:
-            with path.open("wb", buffering=1 << 20) as file:
+            with path.open("wb", buffering=1 << 16) as file:  # which images of that size go past
                 _write_tar(_Digesting(file, written), itertools.chain([head], samples), written)
             size = path.stat().st_size
         index = pa.table(written.columns, schema=INDEX_SCHEMA)
@@ -131,7 +131,11 @@ def _samples(shard: Shard, left_out: list[str]) -> Iterator[tuple[Item, Checked]
             return str(error)
 
     items = rows_of(shard.items)
-    checked = map_ahead(load, items, THREADS, lambda item: item.size, shard.memory)
+    # Threads are for what a store makes one wait for. To hand images from one to another costs a third of a core.
+    ahead = shard.reader.waits
+    checked = (
+        map_ahead(load, items, THREADS, lambda item: item.size, shard.memory) if ahead else map(load, items)
+    )
     for item, image in zip(items, checked, strict=True):
         if isinstance(image, Checked):
             yield item, image
@@ -145,6 +149,7 @@ def _write_tar(file: "_Digesting", samples: Iterable[tuple[Item, Checked]], writ
     """Write samples, and note where their images lie."""
     # PAX is USTAR but for names too long for it. Fixed times and owners make the bytes repeatable.
     with webdataset.TarWriter(file, mtime=0, user="maestream", group="maestream", format="PAX_FORMAT") as tar:
+        tar.tarstream.copybufsize = 1 << 20  # an image in one piece, not in pieces of 16 KiB
         for item, image in samples:
             label = {} if item.label == NO_LABEL else {"cls": str(item.label).encode()}
             tar.write({"__key__": item.key, image.extension: image.data, **label})
