@@ -79,7 +79,7 @@ def test_kills_change_nothing(recipe: Path, scenes: Dataset, whole: Path, tmp_pa
         wait_for_step(57, process, out)  # in the middle of an epoch, and between two commits
         assert "is being trained by process" in refused(*command, process=True)
         kill(workers_of(process.pid)[0])
-        wait_until(lambda: len(read_starts(store)) == 2)
+        wait_until(lambda: len(read_events(store)) == 3)
         wait_for_step(len(losses(out)) + 5, process, out)
         kill(*workers_of(process.pid), process.pid)
         printed, _ = process.communicate(timeout=60)
