@@ -8,7 +8,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.ahead import THREADS, Run, map_ahead
-from pipeline.items import Item, Ranges, Scenes, Source, rows_of
+from pipeline.items import Item, Ranges, Scenes, Source, map_items, rows_of
 from pipeline.manifest import Dataset
 
 DIGEST_BYTES = 16
@@ -59,7 +59,7 @@ def _digests_of(part: _Part) -> tuple[int, bytes]:
         return hashlib.blake2b(read(item), digest_size=DIGEST_BYTES).digest()
 
     items = rows_of(part.items)
-    return part.first, b"".join(map_ahead(digest, items, THREADS, lambda item: item.size, part.memory))
+    return part.first, b"".join(map_items(digest, items, part.reader, part.memory))
 
 
 def duplicates_in(dataset: Dataset) -> list[str]:

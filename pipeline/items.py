@@ -5,22 +5,24 @@ read by many processes, each of which is given nothing but its rows.
 """
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import imagenet
+from pipeline.ahead import THREADS, map_ahead
 from pipeline.errors import UserError
 from pipeline.manifest import NO_LABEL
 from pipeline.scenes import draw_scene
 from pipeline.storage import open_store
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png")
+T = TypeVar("T")
 WHOLE = -1  # as offset: the image is the whole file
 ITEMS = pa.schema(
     [
@@ -122,6 +124,16 @@ def key_of(name: str) -> str:
 
 def is_image(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in IMAGE_EXTENSIONS
+
+
+def map_items(
+    function: Callable[[Item], T], items: list[Item], reader: Ranges | Scenes, memory: int
+) -> Iterator[T]:
+    """`map` over items whose bytes the function has read, in order, with no more than `memory` bytes of them ahead."""
+    # Threads are for what a store makes one wait for. To hand images from one to another costs a third of a core.
+    if not reader.waits:
+        return map(function, items)
+    return map_ahead(function, items, THREADS, lambda item: item.size, memory)
 
 
 def rows_of(items: pa.Table) -> list[Item]:

@@ -12,10 +12,9 @@ import webdataset
 from crc32c import crc32c
 from pydantic import BaseModel
 
-from pipeline.ahead import THREADS, map_ahead
 from pipeline.errors import UserError
 from pipeline.images import Changes, Checked, check_image
-from pipeline.items import Item, Ranges, Scenes, rows_of
+from pipeline.items import Item, Ranges, Scenes, map_items, rows_of
 from pipeline.manifest import (
     BUILDING,
     BUILDING_FOLDER,
@@ -131,11 +130,7 @@ def _samples(shard: Shard, left_out: list[str]) -> Iterator[tuple[Item, Checked]
             return str(error)
 
     items = rows_of(shard.items)
-    # Threads are for what a store makes one wait for. To hand images from one to another costs a third of a core.
-    ahead = shard.reader.waits
-    checked = (
-        map_ahead(load, items, THREADS, lambda item: item.size, shard.memory) if ahead else map(load, items)
-    )
+    checked = map_items(load, items, shard.reader, shard.memory)
     for item, image in zip(items, checked, strict=True):
         if isinstance(image, Checked):
             yield item, image
