@@ -52,7 +52,7 @@ def build_repeated(images: str | None, samples: int, folder: Path) -> Dataset:
 
 def resident_batch(config: PretrainConfig, device: torch.device) -> TrainBatch:
     """A batch that is on the device already."""
-    n, size = config.global_batch, config.model.image_size
-    images = torch.randint(256, (n, 3, size, size), dtype=torch.uint8, device=device)
+    n = config.global_batch
+    images = torch.randint(256, (n, 3, *config.model.size), dtype=torch.uint8, device=device)
     ids = torch.arange(n)
     return TrainBatch(images, ids, ids, torch.ones(n), {}, step=0, epoch=0, wait_s=0.0, spent=Spent())

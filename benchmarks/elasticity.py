@@ -43,9 +43,10 @@ from benchmarks.raylets import Raylets
 from benchmarks.steps import Step, cost
 from pipeline.manifest import Dataset, open_dataset
 from pipeline.storage import open_store
-from trainer.config import PretrainConfig, load_config
+from trainer.config import PretrainConfig
 from trainer.metrics import read_metrics
 from trainer.pretrain import pretrain
+from trainer.recipe import load_config
 from trainer.run import Run, found_run, open_run
 
 EXPLAINED = (__doc__ or "").partition("\n\n")[2].partition("\n\n")[2].rpartition("\n")[0]

@@ -41,17 +41,18 @@ from benchmarks.datasets import build_repeated, make_order, resident_batch
 from benchmarks.report import RESULTS, cpu_model
 from pipeline.augment import random_flips, random_resized_crops
 from pipeline.cores import available_cores
-from pipeline.decode import Decoder
+from pipeline.decode import Decoder, Size
 from pipeline.decode.check import slices_differ_on
 from pipeline.decode.cpu import CpuDecoder
 from pipeline.loader import DECODING, Loader, TrainBatch
 from pipeline.manifest import Dataset, open_dataset
 from pipeline.reader import Samples, read_samples
 from pipeline.storage import open_store
-from trainer.config import PretrainConfig, load_config
+from trainer.config import PretrainConfig
 from trainer.mae import MAE
 from trainer.optim import adamw
-from trainer.pretrain import train_step
+from trainer.pretrain import pretrain_step
+from trainer.recipe import load_config
 from trainer.run import Run
 
 WARM_UP = 8  # steps before the clock starts: pipelines and buffers are made in them
@@ -126,7 +127,7 @@ def trainer_of(config: PretrainConfig, device: torch.device) -> Callable[[TrainB
     model = MAE(config.model).to(device)
     optimizer = adamw(model, config.optim)
     run = Run(open_store("runs"), "benchmark", 1, device=device)
-    return lambda batch: train_step(model, optimizer, batch, config, run)
+    return lambda batch: pretrain_step(model, optimizer, batch, config, run)
 
 
 # ---- what is measured -----------------------------------------------------------------------------------------
@@ -142,7 +143,7 @@ def executors(device: torch.device, dali: bool) -> list[dict[str, Any]]:
     return found
 
 
-def make(executor: dict[str, Any], size: int, device: torch.device) -> Decoder:
+def make(executor: dict[str, Any], size: Size, device: torch.device) -> Decoder:
     if executor["decoder"] == "cpu":
         return CpuDecoder(size, executor["threads"])
     from pipeline.decode import dali
@@ -152,7 +153,7 @@ def make(executor: dict[str, Any], size: int, device: torch.device) -> Decoder:
 
 
 def measure(dataset: Dataset, config: PretrainConfig, device: torch.device, seconds: float) -> dict[str, Any]:
-    batch, size = config.global_batch, config.model.image_size
+    batch, size = config.global_batch, config.model.size
     found: dict[str, Any] = {"batch": batch}
     try:
         import nvidia.dali  # noqa: F401

@@ -27,10 +27,11 @@ from benchmarks.datasets import resident_batch
 from benchmarks.report import RESULTS, cpu_model
 from pipeline.cores import available_cores
 from pipeline.storage import open_store
-from trainer.config import PretrainConfig, load_config
+from trainer.config import PretrainConfig
 from trainer.mae import MAE
 from trainer.optim import adamw
-from trainer.pretrain import train_step
+from trainer.pretrain import pretrain_step
+from trainer.recipe import load_config
 from trainer.run import Run
 from trainer.snapshot import STATE, Snapshots
 
@@ -48,7 +49,7 @@ def measure(config: PretrainConfig, run: Run, taken: int) -> dict[str, Any]:
 
     def step(nth: int, hot: bool) -> float:
         begin = time.perf_counter()
-        train_step(model, optimizer, batch, config, run)
+        pretrain_step(model, optimizer, batch, config, run)
         if hot:
             snapshots.take(nth, model, optimizer, [], 0)
         if run.device.type == "cuda":

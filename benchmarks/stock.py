@@ -28,10 +28,12 @@ from pipeline.decode import make_decoder
 from pipeline.loader import Loader
 from pipeline.manifest import open_dataset
 from pipeline.storage import open_store
-from trainer.config import PretrainConfig, load_config
+from trainer.config import PretrainConfig
+from trainer.loop import Pending, gather
 from trainer.mae import MAE
 from trainer.optim import adamw, learning_rate
-from trainer.pretrain import Pending, gather, train_step
+from trainer.pretrain import pretrain_step
+from trainer.recipe import load_config
 from trainer.run import Run, fix_order, make_order
 
 EVERY_STEPS = 10
@@ -61,14 +63,14 @@ def train_loop(job: dict[str, Any]) -> None:
 
     order = make_order(config, dataset)
     total = round(config.epochs * order.steps_per_epoch)
-    decoder = make_decoder(config.data.decoder, config.model.image_size, torch.get_num_threads(), device)
+    decoder = make_decoder(config.data.decoder, config.model.size, torch.get_num_threads(), device)
     loader = Loader(dataset, order, decoder, rank, world_size)
     with open(Path(job["out"], STEPS) if rank == 0 else os.devnull, "a") as rows:
         for batch in loader.steps(start, total):
             lr = learning_rate(batch.step, total, order.steps_per_epoch, config.global_batch, config.optim)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            sums = train_step(trained, optimizer, batch, config, run)
+            sums = pretrain_step(trained, optimizer, batch, config, run)
             pending = [Pending(batch.step, batch.epoch, lr, batch.wait_s, batch.sample_ids, sums)]
             losses, _ = gather(pending, config.global_batch, run)
             row = {"attempt": run.attempt, "step": batch.step, "world_size": world_size, "loss": losses[0]}

@@ -73,7 +73,8 @@ def loader(
     from pipeline.cores import available_cores
     from pipeline.decode import make_decoder
     from pipeline.manifest import open_dataset
-    from trainer.config import PretrainConfig, parse_config
+    from trainer.config import PretrainConfig
+    from trainer.recipe import parse_config
     from trainer.run import fix_order, make_order
 
     kept = {"cache": cache, "cache_gb": cache_gb}

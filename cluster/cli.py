@@ -2,12 +2,15 @@
 
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import click
 
 from cluster.bench import bench
+from cluster.judge import evaluate, features, knn
 from cluster.shards import shards
+from cluster.study import study
 from cluster.terminal import console, write_file
 from pipeline.errors import UserError
 from pipeline.manifest import open_dataset
@@ -95,23 +98,80 @@ def _steps(text: str | None, steps_per_epoch: int) -> range:
     return range(int(first), int(last))
 
 
-@cli.command()
-@click.option(
-    "--config", "recipe", required=True, type=click.Path(dir_okay=False), help="A recipe, recipes/*.yaml."
-)
-@click.option("--data", required=True, help="The dataset.")
-@click.option("--out", required=True, help="The run folder; the same command again resumes.")
-@click.option("--ledger", is_flag=True, help="Metrics name the samples of each step.")
-@click.argument("overrides", nargs=-1, metavar="[key=value]...")
-def pretrain(recipe: str, data: str, out: str, ledger: bool, overrides: tuple[str, ...]) -> None:
-    """Pre-train an MAE, or resume it."""
-    from trainer.config import PretrainConfig, load_config
+def trains(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of what trains."""
+    for option in reversed(
+        (
+            click.option(
+                "--config",
+                "recipe",
+                required=True,
+                type=click.Path(dir_okay=False),
+                help="A recipe, recipes/*.yaml.",
+            ),
+            click.option("--data", required=True, help="The dataset."),
+            click.option("--out", required=True, help="The run folder; the same command again resumes."),
+            click.option("--ledger", is_flag=True, help="Metrics name the samples of each step."),
+            click.argument("overrides", nargs=-1, metavar="[key=value]..."),
+        )
+    ):
+        command = option(command)
+    return command
 
-    config = load_config(PretrainConfig, recipe, overrides)
+
+def _train(
+    task: str,
+    recipe: str,
+    data: str,
+    out: str,
+    ledger: bool,
+    overrides: tuple[str, ...],
+    keys: dict[str, Any] | None = None,
+) -> None:
+    from trainer.recipe import KINDS, load_config
+
+    config = load_config(KINDS[task], recipe, overrides, keys)
     from cluster.train import train
 
     train(config, data, out, console, ledger)
     console.print(f"done: {out}")
+
+
+@cli.command()
+@trains
+def pretrain(**how: Any) -> None:
+    """Pre-train an MAE, or resume it."""
+    _train("pretrain", **how)
+
+
+@cli.command()
+@trains
+@click.option("--init", help="The run whose encoder is trained on; or scratch.")
+@click.option("--val", help="A dataset with the same classes, to be evaluated on.")
+def finetune(init: str | None, val: str | None, **how: Any) -> None:
+    """Train an encoder and a head to name classes: all blocks, the last ones (blocks=2), or from scratch."""
+    _train("finetune", **how, keys=_keys(init, val))
+
+
+@cli.command()
+@trains
+@click.option("--init", help="The run whose encoder is probed; or scratch.")
+@click.option("--val", help="A dataset with the same classes, to be evaluated on.")
+def linprobe(init: str | None, val: str | None, **how: Any) -> None:
+    """Train a linear classifier on what a frozen encoder says."""
+    _train("linprobe", **how, keys=_keys(init, val))
+
+
+def _keys(init: str | None, val: str | None) -> dict[str, Any]:
+    """Options that are keys of the config."""
+    keys: dict[str, Any] = {"data": {"val": val}} if val else {}
+    if init:
+        keys["init"] = "scratch" if init == "scratch" else {"run": init}
+    return keys
+
+
+for judging in (evaluate, knn, features, study):
+    cli.add_command(judging)
 
 
 @cli.command()
@@ -125,31 +185,31 @@ def pretrain(recipe: str, data: str, out: str, ledger: bool, overrides: tuple[st
 )
 def reconstruct(run: str, data: str, grid: str, count: int) -> None:
     """A picture of original, masked and reconstructed images by a run's newest checkpoint, and its error."""
-    import torch
-
     from pipeline.decode import make_decoder
     from pipeline.storage import open_store
-    from trainer.checkpoint import committed_steps, load_weights
+    from trainer.checkpoint import chosen_step, load_weights
+    from trainer.config import PretrainConfig
+    from trainer.device import best_device
     from trainer.mae import MAE
     from trainer.reconstruct import draw_grid, evenly_spread, reconstruct
     from trainer.run import read_config
 
     store = open_store(run)
     config = read_config(store)
-    steps = committed_steps(store)
-    if not steps:
-        raise UserError(f"{store.url} has no committed checkpoint yet: let it train on")
+    if not isinstance(config, PretrainConfig):
+        raise UserError(f"{store.url} is a run of `maestream {config.task}`, which reconstructs nothing")
+    step = chosen_step(store, None)
     dataset = open_dataset(data)
     model = MAE(config.model)
-    load_weights(store, steps[-1], model)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    batch = evenly_spread(dataset, make_decoder("auto", config.model.image_size, 4), count)
+    load_weights(store, step, model)
+    device = best_device()
+    batch = evenly_spread(dataset, make_decoder("auto", config.model.size, 4), count)
     result = reconstruct(model.to(device), batch.images.to(device), batch.sample_ids.to(device), config.seed)
     write_file(grid, draw_grid(result))
     kind, baseline = "patches", "the mean of the visible pixels"
     if config.model.norm_pix:
         kind, baseline = "normalised patches", "each patch's own mean"
     console.print(
-        f"step {steps[-1]}: error over masked {kind} {result.error:.4f} ({len(batch.images)} images); filling with "
+        f"step {step}: error over masked {kind} {result.error:.4f} ({len(batch.images)} images); filling with "
         f"{baseline} gives {result.baseline:.4f}, so {result.error / result.baseline:.0%} of it → {grid}"
     )

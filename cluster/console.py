@@ -106,6 +106,13 @@ def sentence(event: dict[str, Any]) -> str:
         return f"{event['cause']}: the workers save their work, and leave"
     if event["event"] == "waiting":
         return f"{event['cause']} workers: waiting for more"
+    if event["event"] == "evaluated":
+        if "knn_top1" in event:
+            return f"step {event['knn_step']}: top-1 of nearest neighbours {event['knn_top1']:.2f} %"
+        return (
+            f"step {event['step']}: top-1 {event['val_top1']:.2f} %, top-5 {event['val_top5']:.2f} %, loss "
+            f"{event['val_loss']:.4f}" + (f", {event['val_bad']:.0f} bad samples" if event["val_bad"] else "")
+        )
     text = f"attempt {event['attempt']}: {event['world_size']} workers from step {event['step']}"
     if "redone" in event:
         text += f", {event['redone']} steps redone, {event['gap_s']:g} s without a step"

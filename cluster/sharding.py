@@ -16,9 +16,10 @@ RETRIES = 10  # of a task whose process, or machine, dies
 
 
 @contextmanager
-def ray_tasks(tasks: int | None) -> Iterator[Run]:
-    """Gives what does so many things at once: as many as there are cores, if `tasks` is None. Ray is there from the first
-    time on that there are two of them: it takes seconds, and what is small or refused should be done at once."""
+def ray_tasks(tasks: int | None, models: bool = False) -> Iterator[Run]:
+    """Gives what does so many things at once: as many as there are cores, if `tasks` is None, or, if `models` run in them and
+    there are GPUs, as many as there are of those. Ray is there from the first time on that there are two of them: it
+    takes seconds, and what is small or refused should be done at once."""
 
     def run(function: Callable[[Any], Any], inputs: Iterable[Any]) -> Iterator[Any]:
         inputs = iter(inputs)
@@ -28,8 +29,14 @@ def ray_tasks(tasks: int | None) -> Iterator[Run]:
             return map(function, inputs)
         if not ray.is_initialized():
             connect(max(available_cores(), tasks or 0))
-        at_once = tasks or max(int(ray.cluster_resources().get("CPU", 1)), 1)
-        return _run(function, inputs, at_once)
+        there = ray.cluster_resources()
+        cores, gpus = max(int(there.get("CPU", 1)), 1), int(there.get("GPU", 0)) if models else 0
+        at_once = tasks or gpus or cores
+        gpu = min(gpus / at_once, 1)
+        cpus = (
+            max(cores // at_once, 1) if models else 1
+        )  # what decodes for a model, and what it computes, is threads
+        return _run(ray.remote(num_cpus=cpus, num_gpus=gpu, max_retries=RETRIES)(function), inputs, at_once)
 
     try:
         yield run
@@ -37,8 +44,7 @@ def ray_tasks(tasks: int | None) -> Iterator[Run]:
         ray.shutdown()
 
 
-def _run(function: Callable[[Any], Any], inputs: Iterator[Any], at_once: int) -> Iterator[Any]:
-    task = ray.remote(num_cpus=1, max_retries=RETRIES)(function)
+def _run(task: Any, inputs: Iterator[Any], at_once: int) -> Iterator[Any]:
     running: list[Any] = []
     while True:
         while len(running) < at_once and (value := next(inputs, None)) is not None:

@@ -1,6 +1,8 @@
 """What commands print with, and write to."""
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import (
@@ -21,6 +23,24 @@ def progress_bar() -> Progress:
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         console=console, transient=True, disable=not console.is_terminal,
     )  # fmt: skip
+
+
+@contextmanager
+def counting(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar where there is a terminal, a line a minute elsewhere. Gives what is told how many more are done."""
+    done, printed = 0, time.monotonic()
+    with progress_bar() as bar:
+        task = bar.add_task(what, total=total)
+
+        def more(count: int) -> None:
+            nonlocal done, printed
+            done += count
+            bar.advance(task, count)
+            if not console.is_terminal and time.monotonic() - printed > LINE_EACH_S:
+                printed = time.monotonic()
+                console.print(f"{what}: {done:,} of {total:,}")
+
+        yield more
 
 
 class BuildProgress:

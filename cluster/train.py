@@ -32,11 +32,14 @@ from pipeline.errors import UserError
 from pipeline.manifest import Dataset, open_dataset
 from pipeline.storage import open_store
 from trainer.checkpoint import newest_commit
-from trainer.config import PretrainConfig, WorkersConfig
+from trainer.config import FinetuneConfig, LinprobeConfig, PretrainConfig, RunConfig, WorkersConfig
+from trainer.evaluate import check_classes
 from trainer.events import Events
+from trainer.initial import fix_init
 from trainer.lease import Lease
-from trainer.pretrain import pretrain
+from trainer.recipe import KINDS
 from trainer.run import Run, forget_failure, found_run, make_order, open_run, write_failure
+from trainer.tasks import LOOPS
 
 RAY_FOLDER = "ray"  # in the run folder: what Ray's controller keeps
 
@@ -58,19 +61,19 @@ for name, value in TUNING.items():
 WORKER_ENVIRONMENT = {"TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3"}
 
 
-def train(config: PretrainConfig, data: str, out: str, console: Console, ledger: bool = False) -> None:
-    """Pre-train on Ray: on the cluster of RAY_ADDRESS, or else on a Ray embedded in this process.
+def train(config: RunConfig, data: str, out: str, console: Console, ledger: bool = False) -> None:
+    """Pre-train, fine-tune or probe on Ray: on the cluster of RAY_ADDRESS, or else on a Ray embedded in this process.
 
     With `ledger` the metrics name the samples of each step. UserError for what only a person can mend, wherever it
     happened. KeyboardInterrupt if the run was told to stop, by SIGINT or SIGTERM.
     """
     dataset = open_dataset(data)
-    config, run = open_run(out, config, dataset)  # what has to be refused is, before anything is written
+    config, run = _open(out, config, dataset)  # what has to be refused is, before anything is written
     if address := os.environ.get("RAY_ADDRESS"):
         check_reachable(address)
     # A lease that is lost interrupts this process.
     with Lease(run.store, console.print, lambda: os.kill(os.getpid(), signal.SIGINT)) as lease:
-        config, run = open_run(out, config, dataset)  # another owner may have been at it until now
+        config, run = _open(out, config, dataset)  # another owner may have been at it until now
         run = replace(run, ledger=ledger, owner=lease.owner)
         try:
             _train(config, dataset, run, lease, console)
@@ -87,7 +90,16 @@ def train(config: PretrainConfig, data: str, out: str, console: Console, ledger:
             raise
 
 
-def _train(config: PretrainConfig, dataset: Dataset, run: Run, lease: Lease, console: Console) -> None:
+def _open(out: str, config: RunConfig, dataset: Dataset) -> tuple[RunConfig, Run]:
+    config, run = open_run(out, config, dataset)
+    if isinstance(config, FinetuneConfig | LinprobeConfig):
+        check_classes(dataset, open_dataset(config.data.val) if config.data.val else None)
+    if isinstance(config, PretrainConfig) and config.knn:
+        check_classes(dataset, open_dataset(config.knn.val))
+    return (fix_init(config) if run.attempt == 1 else config), run
+
+
+def _train(config: RunConfig, dataset: Dataset, run: Run, lease: Lease, console: Console) -> None:
     order = make_order(config, dataset)
     order_note = f"global batch {config.global_batch}, {config.data.lanes} lanes, block {config.data.block}"
     console.print(
@@ -124,7 +136,7 @@ def _start_ray(workers: WorkersConfig, console: Console) -> None:
         console.print("the cluster has no GPU now, so the workers will use CPUs")
 
 
-def _fit(config: PretrainConfig, data: str, run: Run, lease: Lease, console: Console) -> None:
+def _fit(config: RunConfig, data: str, run: Run, lease: Lease, console: Console) -> None:
     gpus = ray.cluster_resources().get("GPU", 0) > 0
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     mailbox = ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()
@@ -226,7 +238,7 @@ def _worker(job: dict[str, Any]) -> None:
     run = Run(
         open_store(job["out"], known=True),
         job["run_id"],
-        attempt=0,  # `pretrain` begins one
+        attempt=0,  # `trainer.loop.train` begins one
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
         node=node,
@@ -235,9 +247,11 @@ def _worker(job: dict[str, Any]) -> None:
         owner=job["owner"],
         wish=wish_of_this_worker,
         on_metrics=lambda row: mailbox.put.remote(row),
+        on_event=lambda event: mailbox.tell.remote(event),
         on_begin=lambda *begun: mailbox.begin.remote(*begun),
         on_step=lambda steps: mailbox.reach.remote(steps),
     )
     dataset = open_dataset(job["data"], known=True)
-    if not pretrain(PretrainConfig.model_validate(job["config"]), dataset, run):
+    config = KINDS[job["config"]["task"]].model_validate(job["config"])
+    if not LOOPS[config.task](config, dataset, run):
         raise Left

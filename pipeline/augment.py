@@ -4,6 +4,7 @@ Every decoder is handed boxes, so every decoder produces the same crops.
 """
 
 import math
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -12,14 +13,23 @@ from pipeline.hashing import hash64, uniform
 
 Ints = npt.NDArray[np.int64]
 
-# torchvision's RandomResizedCrop rule, with the paper's scale (He et al. 2021, appendix A.1).
-SCALE = (0.2, 1.0)  # of the image's area
+# torchvision's RandomResizedCrop rule (He et al. 2021, Table 8), with the scale of the authors' main_pretrain.py.
+AREA = (0.2, 1.0)  # of the image's
+CENTRE = 224 / 256  # of the shorter side: the usual evaluation crop (shorter side to 256, centre 224)
 RATIO = (3 / 4, 4 / 3)  # width over height
 TRIES = 10
+Crops = Literal["random", "fixed", "centre"]
 CROP_STREAM, FLIP_STREAM = 11, 12
 
 
-def random_resized_crops(seed: int, epoch: int, sample_ids: Ints, heights: Ints, widths: Ints) -> Ints:
+def random_resized_crops(
+    seed: int,
+    epoch: int,
+    sample_ids: Ints,
+    heights: Ints,
+    widths: Ints,
+    area: tuple[float, float] = AREA,
+) -> Ints:
     """A box (y, x, height, width) for each sample: int[n, 4], never empty, always inside the image.
 
     Ten tries of a random area and aspect ratio, the first that fits is taken; else the largest centred box
@@ -29,11 +39,11 @@ def random_resized_crops(seed: int, epoch: int, sample_ids: Ints, heights: Ints,
     draw = [
         uniform(seed, CROP_STREAM, epoch, sample_ids[:, None], tries, k) for k in range(4)
     ]  # each [n, tries]
-    area = (heights * widths)[:, None] * (SCALE[0] + (SCALE[1] - SCALE[0]) * draw[0])
+    pixels = (heights * widths)[:, None] * (area[0] + (area[1] - area[0]) * draw[0])
     log_ratio = (math.log(RATIO[0]), math.log(RATIO[1]))
     ratio = np.exp(log_ratio[0] + (log_ratio[1] - log_ratio[0]) * draw[1])
-    w = np.rint(np.sqrt(area * ratio)).astype(np.int64)
-    h = np.rint(np.sqrt(area / ratio)).astype(np.int64)
+    w = np.rint(np.sqrt(pixels * ratio)).astype(np.int64)
+    h = np.rint(np.sqrt(pixels / ratio)).astype(np.int64)
     fits = (w > 0) & (w <= widths[:, None]) & (h > 0) & (h <= heights[:, None])
     # Floor of a uniform over the number of places keeps both borders reachable, as randint does.
     y = (draw[2] * (heights[:, None] - h + 1)).astype(np.int64)
@@ -51,13 +61,24 @@ def _centred_within_ratio(heights: Ints, widths: Ints) -> Ints:
     return np.stack([(heights - h) // 2, (widths - w) // 2, h, w], -1)
 
 
-def centre_crops(heights: Ints, widths: Ints) -> Ints:
-    """The centred square of 224/256 of the shorter side, as (y, x, height, width): int[n, 4].
+def centre_crops(heights: Ints, widths: Ints, share: float = CENTRE, aspect: float = 1.0) -> Ints:
+    """The centred box (y, x, height, width) on the original whose sides are `share` of those of the largest that has this
+    aspect ratio (width over height), of the shorter side's for a square: int[n, 4]."""
+    h = np.minimum(heights, widths / aspect) * share
+    h, w = (np.maximum(np.rint(side).astype(np.int64), 1) for side in (h, h * aspect))
+    return np.stack([(heights - h) // 2, (widths - w) // 2, h, w], -1)
 
-    The usual evaluation crop (shorter side to 256, centre 224), as a box on the original.
-    """
-    side = np.maximum(np.rint(np.minimum(heights, widths) * (224 / 256)).astype(np.int64), 1)
-    return np.stack([(heights - side) // 2, (widths - side) // 2, side, side], -1)
+
+def fixed_crops(
+    seed: int, epoch: int, sample_ids: Ints, heights: Ints, widths: Ints, aspect: float = 1.0
+) -> Ints:
+    """Boxes (y, x, height, width) of the evaluation crop's size, anywhere in the image: int[n, 4]."""
+    h, w = centre_crops(heights, widths, CENTRE, aspect)[:, 2:].T
+    y, x = (
+        (uniform(seed, CROP_STREAM, epoch, sample_ids, TRIES, k) * (room + 1)).astype(np.int64)
+        for k, room in enumerate((heights - h, widths - w))
+    )
+    return np.stack([y, x, h, w], -1)
 
 
 def random_flips(seed: int, epoch: int, sample_ids: Ints) -> npt.NDArray[np.bool_]:

@@ -3,7 +3,7 @@
 Order, crops and flips are functions of (seed, epoch, sample id), so nothing has to be replayed to know
 them. The mixing function is the finaliser of SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable
 pseudorandom number generators", figure 16, with Stafford's constants, variant 13).
-`trainer.masks` has the same function on the device.
+`trainer.hashing` has the same function on the device.
 """
 
 import numpy as np

@@ -32,7 +32,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pipeline.augment import centre_crops, random_flips, random_resized_crops
+from pipeline.augment import (
+    AREA,
+    CENTRE,
+    Crops,
+    centre_crops,
+    fixed_crops,
+    random_flips,
+    random_resized_crops,
+)
 from pipeline.cache import CHUNK_BYTES, open_kept_part
 from pipeline.decode import Decoder
 from pipeline.errors import UserError
@@ -51,7 +59,7 @@ log = logging.getLogger("maestream")
 class Batch:
     """A worker's part of one global batch, n samples."""
 
-    images: torch.Tensor  # uint8[n, 3, size, size], RGB, where the decoder makes them; all else is on the CPU
+    images: torch.Tensor  # uint8[n, 3, h, w], RGB, where the decoder makes them; all else is on the CPU
     labels: torch.Tensor  # int64[n], NO_LABEL where there is none
     sample_ids: torch.Tensor  # int64[n]
     weights: torch.Tensor  # float32[n]: 1, or 0 for a bad sample, whose pixels are zeros
@@ -74,6 +82,9 @@ class Loader:
         decoder: makes the pixels.
         rank, world_size: this worker, and how many there are.
         cache: folder and bytes of the kept part, shared by the workers of a node; None: no part is kept.
+        crop_area: of random crops, least and most, as a share of the image.
+        crops: of any size and place, of one size anywhere, or always the same one.
+        flips: whether half of the images are mirrored.
     """
 
     def __init__(
@@ -84,8 +95,12 @@ class Loader:
         rank: int,
         world_size: int,
         cache: tuple[str, int] | None = None,
+        crop_area: tuple[float, float] = AREA,
+        crops: Crops = "random",
+        flips: bool = True,
     ) -> None:
         self.dataset = dataset
+        self.crop_area, self.crops, self.flips = crop_area, crops, flips
         self.order = order
         self.decoder = decoder
         self.rank = rank
@@ -137,12 +152,23 @@ class Loader:
     def _decode(self, step: int, samples: Samples) -> Batch:
         epoch = step // self.order.steps_per_epoch
         located = samples.located
-        boxes = random_resized_crops(self.order.seed, epoch, samples.ids, located.height, located.width)
-        flips = random_flips(self.order.seed, epoch, samples.ids)
+        seed, ids, height, width = self.order.seed, samples.ids, located.height, located.width
+        if self.crops == "random":
+            boxes = random_resized_crops(seed, epoch, ids, height, width, self.crop_area)
+        elif self.crops == "fixed":
+            boxes = fixed_crops(seed, epoch, ids, height, width, aspect_of(self.decoder))
+        else:
+            boxes = centre_crops(height, width, CENTRE, aspect_of(self.decoder))
+        flips = random_flips(seed, epoch, ids) if self.flips else np.zeros(len(ids), bool)
         return decode_batch(self.dataset, self.decoder, samples, boxes, flips)
 
     def close(self) -> None:
         self.decoder.close()
+
+
+def aspect_of(decoder: Decoder) -> float:
+    """Width over height of what a decoder makes."""
+    return decoder.size[1] / decoder.size[0]
 
 
 def decode_batch(
@@ -172,10 +198,11 @@ def decode_batch(
     return Batch(decoded.images, labels, ids, weights, bad, spent)
 
 
-def centred_batch(dataset: Dataset, decoder: Decoder, ids: Ints) -> Batch:
-    """Samples `ids` (int[n]) through their centre crops, unflipped: for pictures and evaluations."""
+def centred_batch(dataset: Dataset, decoder: Decoder, ids: Ints, side: float = CENTRE) -> Batch:
+    """Samples `ids` (int[n]) through their centre crops, `side` of the shorter side, unflipped: for pictures and
+    evaluations."""
     samples = read_samples(dataset, ids)
-    boxes = centre_crops(samples.located.height, samples.located.width)
+    boxes = centre_crops(samples.located.height, samples.located.width, side, aspect_of(decoder))
     return _taken(decode_batch(dataset, decoder, samples, boxes, np.zeros(len(ids), bool)))
 
 

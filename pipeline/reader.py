@@ -7,6 +7,7 @@ places of the lane: a block is read at once, and its memory goes when the last o
 import itertools
 import time
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -24,6 +25,7 @@ from pipeline.spent import Spent
 # A gap that is read with the samples around it, rather than to ask once more; and the same for the holes that
 # the first step leaves in the blocks after it, where an epoch is so long that a batch read twice does not matter.
 GAP_BYTES, HOLE_BYTES, LONG_EPOCH = 64 << 10, 256 << 10, 20
+RUN_BYTES = 1 << 20  # of neighbours that are read at once: small enough for several reads a batch
 
 
 @dataclass(frozen=True)
@@ -250,12 +252,36 @@ def _read(dataset: Dataset, located: Located, i: int) -> bytes:
         raise UserError(f"{dataset.shard_store.describe(name)} {MISSING}") from None
 
 
-def read_samples(dataset: Dataset, ids: Ints) -> Samples:
-    """Samples here and there (int[n]), each read by itself: for pictures and evaluations of a few."""
-    located = dataset.locate(ids)
+def _neighbours(located: Located) -> Iterator[range]:
+    """Rows of samples that lie one after the other in a shard, at most RUN_BYTES of them together."""
+    ends = located.offset + located.size
+    first = 0
+    for i in range(1, len(ends) + 1):
+        if i < len(ends) and located.shard[i] == located.shard[first]:
+            gap = located.offset[i] - ends[i - 1]
+            if 0 <= gap <= GAP_BYTES and ends[i] - located.offset[first] <= RUN_BYTES:
+                continue
+        yield range(first, i)
+        first = i
 
+
+def _read_neighbours(dataset: Dataset, located: Located, rows: range) -> list[Encoded]:
+    start, end = int(located.offset[rows[0]]), int(located.offset[rows[-1]] + located.size[rows[-1]])
+    name = dataset.shard_name(int(located.shard[rows[0]]))
+    try:
+        data = memoryview(dataset.shard_store.read_range(name, start, end - start))
+    except FileNotFoundError:
+        raise UserError(f"{dataset.shard_store.describe(name)} {MISSING}") from None
+    spans = ((int(located.offset[i]) - start, int(located.size[i])) for i in rows)
+    return [data[offset : offset + size] for offset, size in spans]
+
+
+def read_samples(dataset: Dataset, ids: Ints) -> Samples:
+    """Samples here and there (int[n]), in one range where they are neighbours: for pictures and evaluations."""
+    located = dataset.locate(ids)
     with ThreadPoolExecutor(16) as pool:
-        encoded: list[Encoded] = list(pool.map(lambda i: _read(dataset, located, i), range(len(ids))))
+        parts = pool.map(lambda rows: _read_neighbours(dataset, located, rows), _neighbours(located))
+        encoded = [data for part in parts for data in part]
     expected = located.crc32c.tolist() if dataset.manifest.checksums else []
     changed = [i for i, crc in enumerate(expected) if crc32c(encoded[i]) != crc]
     return Samples(np.asarray(ids, np.int64), located, encoded, changed, Spent())

@@ -291,6 +291,12 @@ class Store:
                     os.rmdir(folder)
 
 
+def whole_url(url: str) -> str:
+    """A local path from the root on, whoever reads it and from where; other URLs as they are, without slashes at the end."""
+    url = url.rstrip("/") or url
+    return url if "://" in url else os.path.abspath(os.path.expanduser(url))
+
+
 def open_store(url: str, known: bool = False) -> Store:
     """A store for a local path or any URL fsspec knows (s3://bucket/prefix with the usual AWS variables).
 
@@ -298,9 +304,7 @@ def open_store(url: str, known: bool = False) -> Store:
     """
     if url.startswith("s3://") and not url.removeprefix("s3://").strip("/"):
         raise UserError(f"{url} names no bucket: write s3://bucket/prefix")
-    url = url.rstrip("/") or url
-    if "://" not in url:
-        url = os.path.abspath(os.path.expanduser(url))
+    url = whole_url(url)
     try:
         fs, root = fsspec.core.url_to_fs(url, **(_s3_options() if url.startswith("s3://") else {}))
     except (ValueError, ImportError) as error:

@@ -15,6 +15,8 @@ import pytest
 from pipeline.manifest import Dataset, open_dataset
 from pipeline.storage import open_store
 
+# Models here are so small that threads which wait for each other take ten times as long, where other processes run.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parents[1]
 IMAGENET_SAMPLE = ROOT.parent / "shared/data/imagenet_sample"
 

@@ -1,10 +1,21 @@
-"""A process group among processes that a test spawns."""
+"""Workers without Ray: processes that a test starts, and a process group among them."""
 
-from collections.abc import Iterator
+import multiprocessing
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch._dynamo  # noqa: F401  # see gloo_group
 import torch.distributed as dist
+import torch.multiprocessing as mp
+
+# What takes seconds to import is imported once, in a process that workers are forked from.
+multiprocessing.set_forkserver_preload(["torch._dynamo", "trainer.tasks"])
+
+
+def run_workers(worker: Callable[..., None], world_size: int, *arguments: Any) -> None:
+    """`worker(rank, world_size, *arguments)` in a process for each rank; an exception of one is raised here."""
+    mp.start_processes(worker, (world_size, *arguments), nprocs=world_size, start_method="forkserver")  # type: ignore[attr-defined]
 
 
 @contextmanager

@@ -18,7 +18,8 @@ from torch import nn
 
 from pipeline.errors import UserError
 from pipeline.storage import Store
-from trainer.config import PretrainConfig, differences, parse_config
+from trainer.config import RunConfig
+from trainer.recipe import differences, parse_config
 from trainer.run import Run, check_newest, in_history, read_starts
 
 FOLDER = "checkpoints"
@@ -34,6 +35,16 @@ def committed_steps(store: Store) -> list[int]:
     """Steps of the committed checkpoints, oldest first."""
     found = (re.fullmatch(rf"{FOLDER}/step-(\d+)/{MARKER}", name) for name in store.names(FOLDER))
     return sorted(int(match[1]) for match in found if match)
+
+
+def chosen_step(store: Store, step: int | None) -> int:
+    """The step of a commit: the newest, without `step`. UserError where there is none."""
+    steps = committed_steps(store)
+    if not steps:
+        raise UserError(f"{store.url} has no committed checkpoint yet: let it train on")
+    if step is not None and step not in steps:
+        raise UserError(f"{store.url} has no commit of step {step}: it has {', '.join(map(str, steps))}")
+    return step or steps[-1]
 
 
 def newest_commit(store: Store) -> int:
@@ -84,7 +95,7 @@ def check_finite(step: int, model: nn.Module) -> None:
 class Checkpointer:
     """Writes checkpoints of one run, one at a time, and keeps those that the config says."""
 
-    def __init__(self, run: Run, config: PretrainConfig, fingerprint: str) -> None:
+    def __init__(self, run: Run, config: RunConfig, fingerprint: str) -> None:
         self.run = run
         self.config = config
         self.fingerprint = fingerprint
@@ -166,11 +177,23 @@ def set_optimizer_state(
 
 def load_weights(store: Store, step: int, model: nn.Module) -> None:
     """The weights of a committed checkpoint. UserError where they are damaged or of another model."""
-    weights = _load(store, f"{_folder(step)}/model.safetensors")
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(read_weights(store, step))
     except RuntimeError as error:
         raise UserError(f"{store.describe(_folder(step))} is of another model: {error}") from None
+
+
+def read_weights(store: Store, step: int) -> dict[str, torch.Tensor]:
+    """The weights of a committed checkpoint, by name. UserError where they are damaged."""
+    return _load(store, f"{_folder(step)}/model.safetensors")
+
+
+def read_state(store: Store, step: int, key: str) -> dict[str, torch.Tensor]:
+    """What the optimizer of a committed checkpoint has by the name of `key`, by parameter."""
+    state = _load(store, f"{_folder(step)}/optimizer.safetensors")
+    return {
+        name.removesuffix(f"/{key}"): tensor for name, tensor in state.items() if name.endswith(f"/{key}")
+    }
 
 
 def load_optimizer(store: Store, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -185,12 +208,12 @@ def _load(store: Store, name: str) -> dict[str, torch.Tensor]:
         raise UserError(f"{store.describe(name)} is damaged or gone ({error}): {BACK}") from None
 
 
-def check_state(store: Store, step: int, run: Run, fingerprint: str, config: PretrainConfig) -> None:
+def check_state(store: Store, step: int, run: Run, fingerprint: str, config: RunConfig) -> None:
     """UserError where a checkpoint is of another run, dataset or config than the one that wants it."""
     where = store.describe(_folder(step))
     try:
         state: dict[str, Any] = json.loads(store.read(f"{_folder(step)}/state.json"))
-        before = parse_config(PretrainConfig, state["config"], where)
+        before = parse_config(type(config), state["config"], where)
         found = {"run_id": state["run_id"], "fingerprint": state["fingerprint"]}
     except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{where}/state.json is damaged or gone ({error}): {BACK}") from None

@@ -1,29 +1,28 @@
-"""The typed config of a run. Recipes are its YAML; `key=value` overrides reach any depth.
+"""The typed config of a run. `trainer.recipe` reads it from YAML."""
 
-Unknown keys, wrong types and impossible values are refused with one message that names them all.
-"""
+from typing import Annotated, Any, Literal
 
-import difflib
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
-
-import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 
+from pipeline.augment import Crops
 from pipeline.decode import DecoderName
-from pipeline.errors import UserError
+from pipeline.order import default_lanes
+from pipeline.storage import whole_url
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Area = Annotated[float, Field(gt=0, le=1)]
+Place = Annotated[str, AfterValidator(whole_url)]  # a folder, or a URL; workers may run in another folder
 
 
 class _Config(BaseModel):
@@ -38,24 +37,63 @@ class _Config(BaseModel):
         return value
 
 
-class ModelConfig(_Config):
-    """The MAE's shape. Defaults are ViT-B/16's (paper, section 4; decoder: Table 1)."""
+class EncoderConfig(_Config):
+    """The encoder's shape. Defaults are ViT-B/16's (paper, section 4)."""
 
-    image_size: Count = 224
+    image_size: Count | tuple[Count, Count] = 224  # pixels: of both sides, or [height, width]
     patch_size: Count = 16
     width: Count = 768
     depth: Count = 12
     heads: Count = 12
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of an image, in pixels."""
+        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.size[0] // self.patch_size, self.size[1] // self.patch_size
+
+    @property
+    def encoder(self) -> "EncoderConfig":
+        """The encoder's shape, of whatever has one."""
+        return EncoderConfig(**{name: getattr(self, name) for name in EncoderConfig.model_fields})
+
+    @property
+    def patches(self) -> int:
+        """L, patches an image."""
+        return self.grid[0] * self.grid[1]
+
+    @model_validator(mode="after")
+    def _divides(self) -> "EncoderConfig":
+        if any(side % self.patch_size for side in self.size):
+            raise ValueError(f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
+        _check_width(self.width, "width", self.heads, "heads")
+        return self
+
+
+def _check_width(width: int, name: str, heads: int, of_heads: str) -> None:
+    if width % heads:
+        raise ValueError(f"{name} {width} is not divisible by {of_heads} {heads}")
+    if width % 4:
+        raise ValueError(f"{name} {width} is not divisible by 4 (2-D sin-cos positions)")
+
+
+class ModelConfig(EncoderConfig):
+    """The MAE's shape. Defaults are the paper's (section 4; decoder: Table 1, its heads: the authors' models_mae.py;
+    normalised patches: Table 3)."""
+
     decoder_width: Count = 512
     decoder_depth: Count = 8
     decoder_heads: Count = 16
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75
     norm_pix: bool = True
-
-    @property
-    def patches(self) -> int:
-        """L, patches an image."""
-        return (self.image_size // self.patch_size) ** 2
+    sampling: Literal["random", "block", "grid"] = "random"  # of the masked patches (paper, Table 1f)
+    # What the encoder sees of masked patches: nothing, a mask token (paper, Table 1c), or, as a denoising autoencoder
+    # would, all patches under noise, of which all are predicted.
+    masked: Literal["nothing", "token", "noise"] = "nothing"
 
     @property
     def kept(self) -> int:
@@ -64,31 +102,76 @@ class ModelConfig(_Config):
 
     @model_validator(mode="after")
     def _fits(self) -> "ModelConfig":
-        if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
-        for width, heads in (("width", "heads"), ("decoder_width", "decoder_heads")):
-            if getattr(self, width) % getattr(self, heads):
-                raise ValueError(
-                    f"{width} {getattr(self, width)} is not divisible by {heads} {getattr(self, heads)}"
-                )
-            if getattr(self, width) % 4:
-                raise ValueError(
-                    f"{width} {getattr(self, width)} is not divisible by 4 (2-D sin-cos positions)"
-                )
+        _check_width(self.decoder_width, "decoder_width", self.decoder_heads, "decoder_heads")
+        if self.sampling == "grid" and self.mask_ratio != 0.75:
+            raise ValueError("sampling grid keeps one of four patches: mask_ratio has to be 0.75")
         if self.kept < 1:
             raise ValueError(f"mask_ratio {self.mask_ratio} leaves no patch to see")
         return self
 
 
-class OptimConfig(_Config):
-    """AdamW with warm-up and cosine. Defaults are the paper's (Table 8)."""
+class ClassifierConfig(EncoderConfig):
+    """An encoder with a head."""
 
-    blr: Positive = 1.5e-4  # lr = blr · B / 256
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    pool: Literal["mean", "class"] = (
+        "mean"  # what the head reads: the mean of the patches, or the class token
+    )
+    drop_path: Share = 0.1
+
+
+class OptimConfig(_Config):
+    """A learning rate that warms up and goes down by a cosine."""
+
+    blr: Positive  # lr = blr · B / 256
+    weight_decay: NotNegative
+    warmup_epochs: NotNegative
+    min_lr: NotNegative = 0.0
+
+
+class AdamWConfig(OptimConfig):
+    """Defaults are pre-training's (paper, Table 8)."""
+
+    blr: Positive = 1.5e-4
+    beta1: Share = 0.9
+    beta2: Share = 0.95
     weight_decay: NotNegative = 0.05
     warmup_epochs: NotNegative = 40
-    min_lr: NotNegative = 0.0
+
+
+class FinetuneOptimConfig(AdamWConfig):
+    """Defaults are ViT-B's (the authors' FINETUNE.md; min_lr: its main_finetune.py)."""
+
+    blr: Positive = 5e-4
+    beta2: Share = 0.999
+    warmup_epochs: NotNegative = 5
+    min_lr: NotNegative = 1e-6
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.65  # a layer's lr over that of the one above it
+    ema: Share = 0.0  # of the weights that are evaluated; 0: they are the trained ones
+
+
+class LarsConfig(OptimConfig):
+    """LARS (You et al. 2017, arXiv 1708.03888). Defaults are linear probing's (paper, Table 10)."""
+
+    blr: Positive = 0.1
+    momentum: Share = 0.9
+    weight_decay: NotNegative = 0.0
+    warmup_epochs: NotNegative = 10
+
+
+class MixingConfig(_Config):
+    """What is done to a labelled batch on the device, and to its labels. Defaults are fine-tuning's (paper, Table 9; erase:
+    the authors' FINETUNE.md)."""
+
+    magnitude: Annotated[float, Field(ge=0, le=10)] = 9.0  # of RandAugment; 0: none
+    magnitude_std: NotNegative = 0.5
+    erase: Share = 0.25  # probability
+    mixup: NotNegative = 0.8  # α of the Beta distribution; 0: none
+    cutmix: NotNegative = 1.0
+    smoothing: Share = 0.1
+
+    @property
+    def mixes(self) -> bool:
+        return bool(self.mixup or self.cutmix)
 
 
 class DataConfig(_Config):
@@ -100,7 +183,12 @@ class DataConfig(_Config):
     cache: str | None = None  # a folder on each node's own disk, where a fixed part of the dataset is kept
     cache_gb: Positive | None = None  # how large that part may become
     bad_samples: Annotated[int, Field(ge=0)] = 10  # so many distinct ones are put up with, or
-    bad_share: Annotated[float, Field(ge=0, lt=1)] = 1e-4  # so large a share of the dataset, if that is more
+    bad_share: Share = 1e-4  # so large a share of the dataset, if that is more
+    crop_area: tuple[Area, Area] = (0.2, 1.0)  # of random crops, of the image (the authors' main_pretrain.py)
+    crops: Crops = (
+        "random"  # of any size and place, of one size anywhere, or always the centre (paper, Table 1e)
+    )
+    flips: bool = True
     decoder: DecoderName = "auto"
     threads: Count | None = None  # decoding threads a worker; default its share of the machine's cores
 
@@ -116,6 +204,17 @@ class DataConfig(_Config):
     def kept_part(self) -> tuple[str, int] | None:
         """Folder and bytes of the kept part."""
         return (self.cache, int(self.cache_gb * 2**30)) if self.cache and self.cache_gb else None
+
+
+class LabelledDataConfig(DataConfig):
+    """The same with classes, and what is evaluated on."""
+
+    crop_area: tuple[Area, Area] = (
+        0.08,
+        1.0,
+    )  # of random crops, as a share of the image (torchvision's default)
+    val: Place | None = None  # a dataset with the same classes
+    val_crop: Area = 224 / 256  # the centred square's side over the shorter side
 
 
 class CheckpointConfig(_Config):
@@ -150,23 +249,24 @@ class WorkersConfig(_Config):
         return self
 
 
-class PretrainConfig(_Config):
-    """A pre-training run."""
+class RunConfig(_Config):
+    """What every run has. Its `task` says what is trained."""
 
-    global_batch: Count = 4096
+    task: str
+    global_batch: Count
     micro_batch: Count = 256  # samples a worker puts through at once; gradients are accumulated
-    epochs: Positive = 800
+    epochs: Positive
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     workers: WorkersConfig = WorkersConfig()
     precision: Literal["auto", "bf16", "float32", "float64"] = "auto"
     log_every: Count = 20  # steps between two looks at the device
-    model: ModelConfig = ModelConfig()
-    optim: OptimConfig = OptimConfig()
+    model: EncoderConfig
+    optim: OptimConfig
     data: DataConfig = DataConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     @model_validator(mode="after")
-    def _fits(self) -> "PretrainConfig":
+    def _warms_up(self) -> "RunConfig":
         if self.optim.warmup_epochs > self.epochs:
             raise ValueError(
                 f"optim.warmup_epochs {self.optim.warmup_epochs:g} is longer than the run's {self.epochs:g} epochs"
@@ -174,101 +274,79 @@ class PretrainConfig(_Config):
         return self
 
 
-# What may differ when a run is resumed: how it is run, not what it computes.
-FREE_ON_RESUME = (
-    "workers",
-    "micro_batch",
-    "log_every",
-    "checkpoint",
-    "data.decoder",
-    "data.threads",
-    "data.memory_gb",
-    "data.cache",
-    "data.cache_gb",
-    "data.bad_samples",
-    "data.bad_share",
-)
+class KnnConfig(_Config):
+    """k nearest neighbours during pre-training: samples of the dataset that is trained on name those of another."""
 
-C = TypeVar("C", bound=_Config)
+    val: Place  # a dataset with the same classes
+    every: Positive = 10.0  # epochs
+    known: Count = 20_000  # samples at most, spread evenly
+    asked: Count = 5_000
 
 
-def load_config(kind: type[C], path: str | Path, overrides: tuple[str, ...] = ()) -> C:
-    """A recipe's YAML with `key.key=value` overrides on top. UserError names every mistake at once."""
-    try:
-        tree = yaml.safe_load(Path(path).read_text()) or {}
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such config; the recipes are in recipes/") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read as YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: a config is a mapping of keys to values, this is a {type(tree).__name__}")
-    for override in overrides:
-        _override(tree, override)
-    return parse_config(kind, tree, str(path))
+class PretrainConfig(RunConfig):
+    """A pre-training run. Defaults are the paper's (Table 8; epochs: Table 1)."""
+
+    task: Literal["pretrain"] = "pretrain"
+    global_batch: Count = 4096
+    epochs: Positive = 800
+    knn: KnnConfig | None = None
+    jitter: Share = 0.0  # how far brightness, contrast and saturation may go from 1 (paper, Table 1e)
+    model: ModelConfig = ModelConfig()
+    optim: AdamWConfig = AdamWConfig()
 
 
-def parse_config(kind: type[C], tree: dict[str, Any], where: str) -> C:
-    try:
-        return kind.model_validate(tree)
-    except ValidationError as error:
-        raise UserError(f"{where}: " + "; ".join(_describe(kind, e) for e in error.errors())) from None
+class InitConfig(_Config):
+    """The encoder that a run begins with: of the newest commit of a run, or of the commit of one of its steps.
+    Which one is fixed when the run first starts."""
+
+    run: Place
+    step: Count | None = None
 
 
-def _override(tree: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals:
-        raise UserError(f"{override}: an override is key=value, epochs=10 say")
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        tree = tree.setdefault(parent, {})
-        if not isinstance(tree, dict):
-            raise UserError(f"{override}: {parent} is a value, it has no keys")
-    try:
-        tree[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UserError(f"{override}: the value is not YAML") from None
+class FinetuneConfig(RunConfig):
+    """A run that trains an encoder and a head to name classes. Defaults are ViT-B's (the authors' FINETUNE.md)."""
+
+    task: Literal["finetune"] = "finetune"
+    init: InitConfig | Literal["scratch"]
+    blocks: Annotated[float, Field(ge=0)] | Literal["all"] = (
+        "all"  # so many last ones are trained (paper, Fig. 9)
+    )
+    global_batch: Count = 1024
+    epochs: Positive = 100
+    model: ClassifierConfig = ClassifierConfig()
+    optim: FinetuneOptimConfig = FinetuneOptimConfig()
+    mixing: MixingConfig = MixingConfig()
+    data: LabelledDataConfig = LabelledDataConfig()
+    evaluate_every: Positive = 1.0  # epochs
+
+    @model_validator(mode="after")
+    def _fits(self) -> "FinetuneConfig":
+        if self.blocks != "all" and self.blocks != 0.5 and self.blocks % 1:
+            raise ValueError(f"blocks {self.blocks:g}: a whole number, 0.5 for the last block's MLP, or all")
+        if self.blocks != "all" and self.blocks > self.model.depth:
+            raise ValueError(f"blocks {self.blocks:g}: the model has {self.model.depth}")
+        per_lane = self.global_batch // (self.data.lanes or default_lanes(self.global_batch))
+        if self.mixing.mixes and per_lane < 2:
+            raise ValueError(
+                "mixup and cutmix take an image's partner from its lane, so that it is the same at any world size: "
+                f"global_batch {self.global_batch} needs fewer lanes (data.lanes), or mixing.mixup=0 mixing.cutmix=0"
+            )
+        if self.mixing.mixes and self.micro_batch < per_lane:
+            raise ValueError(
+                f"micro_batch {self.micro_batch} is less than what a step takes of a lane, {per_lane} samples, which "
+                "mixup and cutmix need together: raise it, or data.lanes"
+            )
+        return self
 
 
-def _describe(kind: type[BaseModel], error: Any) -> str:
-    path = [str(part) for part in error["loc"]]
-    key = ".".join(path)
-    if error["type"] == "extra_forbidden":
-        for parent in path[:-1]:
-            annotation = kind.model_fields[parent].annotation
-            assert isinstance(annotation, type)
-            kind = annotation
-        near = difflib.get_close_matches(path[-1], kind.model_fields, n=1)
-        known = f"did you mean {near[0]}?" if near else f"known are {', '.join(kind.model_fields)}"
-        return f"there is no key {key}: {known}"
-    message = error["msg"].removeprefix("Value error, ")
-    if isinstance(error["input"], dict):  # several keys that do not fit together
-        return ": ".join(filter(None, [key, message]))
-    return f"{key}: {message}, not {error['input']!r}"
+class LinprobeConfig(RunConfig):
+    """A run that trains a linear classifier on what a frozen encoder says. Defaults are ViT-B's (paper, Table 10)."""
 
-
-def dump_config(config: _Config) -> str:
-    return yaml.safe_dump(config.model_dump(), sort_keys=False)
-
-
-def fixed_part(config: _Config) -> dict[str, Any]:
-    """All of a config that may not differ when a run is resumed: key → value."""
-    return {
-        key: value
-        for key, value in _flat(config.model_dump()).items()
-        if not any(key == free or key.startswith(free + ".") for free in FREE_ON_RESUME)
-    }
-
-
-def differences(old: _Config, new: _Config) -> list[str]:
-    """What differs between two configs besides FREE_ON_RESUME, as "key: old → new"."""
-    a, b = fixed_part(old), fixed_part(new)
-    return [
-        f"{key}: {a.get(key)} → {b.get(key)}" for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)
-    ]
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+    task: Literal["linprobe"] = "linprobe"
+    init: InitConfig | Literal["scratch"]  # scratch: a random encoder, to compare with
+    global_batch: Count = 16384
+    epochs: Positive = 90
+    model: EncoderConfig = EncoderConfig()
+    optim: LarsConfig = LarsConfig()
+    data: LabelledDataConfig = LabelledDataConfig()
+    evaluate_every: Positive = 10.0  # epochs

@@ -16,6 +16,10 @@ from pipeline.storage import Store
 from trainer.run import Run, in_history, read_starts
 
 METRICS = "metrics.jsonl"
+SCALARS = {
+    *("loss", "lr", "img_per_s", "data_wait_s", "step_s", "bad_samples"),
+    *("val_top1", "val_top5", "val_loss", "knn_top1"),
+}
 
 
 class Metrics:
@@ -42,7 +46,7 @@ class Metrics:
         with self.rows.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         for row in rows:
-            for name in ("loss", "lr", "img_per_s", "data_wait_s", "step_s", "bad_samples"):
+            for name in SCALARS & row.keys():
                 self.tensorboard.add_scalar(name, row[name], row["step"])
 
     def commit(self, step: int) -> None:

@@ -1,14 +1,18 @@
-"""The optimizer's parameter groups, and the learning rate as a function of the step."""
+"""The optimizers, their parameter groups, and the learning rate as a function of the step."""
 
 import math
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
-from trainer.config import OptimConfig
+from trainer.config import AdamWConfig, LarsConfig, OptimConfig
+
+TRUST = 0.001  # of LARS: the ratio of an update to its weights (You et al. 2017, arXiv 1708.03888, η)
 
 
-def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+def adamw(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
     """AdamW that decays everything but biases and 1-D parameters, as the authors' code groups them (so the
     class and mask tokens are decayed). The learning rate is set every step, see `learning_rate`."""
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -17,6 +21,30 @@ def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), fused=True)
+
+
+def layered_adamw(model: nn.Module, depth: int, config: AdamWConfig, layer_decay: float) -> torch.optim.AdamW:
+    """AdamW for fine-tuning, as the authors' FINETUNE.md has it: each layer's learning rate is `layer_decay` times that of
+    the one above it (a group's `scale`), and class token and positions are not decayed either."""
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        scale = layer_decay ** (depth + 1 - layer_of(name, depth))
+        bare = parameter.ndim <= 1 or name in ("cls_token", "pos_embed")
+        decay = 0.0 if bare else config.weight_decay
+        group = {"params": [], "weight_decay": decay, "scale": scale}
+        groups.setdefault((scale, decay), group)["params"].append(parameter)
+    return torch.optim.AdamW(groups.values(), lr=0.0, betas=(config.beta1, config.beta2), fused=True)
+
+
+def layer_of(name: str, depth: int) -> int:
+    """Which layer a parameter of an encoder belongs to: 0 what makes tokens, 1 to `depth` the blocks, then the rest."""
+    if name.startswith(("patch_embed", "cls_token", "pos_embed")):
+        return 0
+    if name.startswith("blocks."):
+        return 1 + int(name.split(".")[1])
+    return depth + 1
 
 
 def learning_rate(
@@ -32,3 +60,33 @@ def learning_rate(
         return peak * step / warmup
     progress = (step - warmup) / max(total_steps - warmup, 1)
     return config.min_lr + (peak - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose updates of a weight are as large as TRUST · |weight| (You et al. 2017, arXiv 1708.03888).
+    Biases and other 1-D parameters take plain SGD's, and are not decayed, as in the authors' linear probes."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], config: LarsConfig) -> None:
+        super().__init__(
+            [p for p in parameters if p.requires_grad],
+            {"lr": 0.0, "momentum": config.momentum, "weight_decay": config.weight_decay},
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                update = parameter.grad
+                if parameter.ndim > 1:
+                    update = update + group["weight_decay"] * parameter
+                    weight, change = parameter.norm(), update.norm()
+                    ratio = torch.where((weight > 0) & (change > 0), TRUST * weight / change, 1.0)
+                    update = update * ratio
+                state = self.state[parameter]
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                state["momentum"].mul_(group["momentum"]).add_(update)
+                parameter.sub_(group["lr"] * state["momentum"])

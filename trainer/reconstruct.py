@@ -5,14 +5,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from pipeline.decode import Decoder
 from pipeline.errors import UserError
 from pipeline.loader import Batch, centred_batch
 from pipeline.manifest import Dataset
+from pipeline.order import Ints
 from trainer.mae import MAE
-from trainer.masks import mask_noise
+from trainer.masks import noise_of
 
 GREY = 128
 MASK_EPOCH = 2**31  # no training epoch has it, so these masks are ones that were never trained on
@@ -31,7 +32,7 @@ class Reconstruction:
 
 @torch.no_grad()
 def reconstruct(model: MAE, images: torch.Tensor, sample_ids: torch.Tensor, seed: int) -> Reconstruction:
-    """Mask and reconstruct uint8[n, 3, image_size, image_size].
+    """Mask and reconstruct uint8[n, 3, h, w].
 
     The baseline fills masked patches with the mean of the image's visible pixels, per colour. A model trained
     on normalised patches does not know a patch's mean and variance: for the picture they are taken from the
@@ -41,7 +42,7 @@ def reconstruct(model: MAE, images: torch.Tensor, sample_ids: torch.Tensor, seed
     model.eval()
     pixels = model.normalise(images)
     patches = model.patchify(pixels)
-    noise = mask_noise(seed, MASK_EPOCH, sample_ids, model.patches)
+    noise = noise_of(model.config, seed, MASK_EPOCH, sample_ids)
     prediction, masked = model.predict(pixels, noise)
     target = model.target(patches)
     hidden = masked[..., None].expand_as(patches)
@@ -76,9 +77,14 @@ def reconstruct(model: MAE, images: torch.Tensor, sample_ids: torch.Tensor, seed
     )
 
 
+def spread_ids(dataset: Dataset, count: int) -> Ints:
+    """Up to `count` sample ids spread evenly over a dataset: int64[n]."""
+    return np.unique(np.linspace(0, dataset.samples - 1, min(count, dataset.samples)).astype(np.int64))
+
+
 def evenly_spread(dataset: Dataset, decoder: Decoder, count: int) -> Batch:
     """Up to `count` samples spread evenly over a dataset, through their centre crops; bad ones are left out."""
-    ids = np.unique(np.linspace(0, dataset.samples - 1, min(count, dataset.samples)).astype(np.int64))
+    ids = spread_ids(dataset, count)
     batch = centred_batch(dataset, decoder, ids)
     good = batch.weights > 0
     if not good.any():
@@ -92,7 +98,7 @@ def evenly_spread(dataset: Dataset, decoder: Decoder, count: int) -> Batch:
 def draw_grid(result: Reconstruction, columns: int = 2, rows: int = 6) -> bytes:
     """PNG of the first images, `columns` triples (original, masked, reconstruction) side by side."""
     n = min(len(result.originals), columns * rows)
-    size, gap, head = max(result.originals.shape[-1], 160), 4, 18
+    size, gap, head = max(*result.originals.shape[2:], 160), 4, 18
     columns = min(columns, n)
     triple = 3 * (size + gap) + 3 * gap
     sheet = Image.new("RGB", (columns * triple + gap, head + -(-n // columns) * (size + gap)), "white")
@@ -101,7 +107,7 @@ def draw_grid(result: Reconstruction, columns: int = 2, rows: int = 6) -> bytes:
         left, top = gap + (i % columns) * triple, head + (i // columns) * (size + gap)
         for k, images in enumerate((result.originals, result.masked, result.pasted)):
             picture = Image.fromarray(images[i].permute(1, 2, 0).contiguous().numpy())
-            sheet.paste(picture.resize((size, size)), (left + k * (size + gap), top))
+            sheet.paste(ImageOps.contain(picture, (size, size)), (left + k * (size + gap), top))
             if i < columns:
                 draw.text(
                     (left + k * (size + gap), 3), ("original", "masked", "reconstruction")[k], fill="black"

@@ -5,10 +5,11 @@ RUN/run.json             run id, dataset fingerprint, and at which step each att
 RUN/failed.json          what stopped the newest attempt, if that is for a person to mend
 RUN/lease.json           whose the run is, see trainer.lease
 RUN/events.jsonl         what became of its workers, see trainer.events
+RUN/classes.json         of what names classes: their names, in the order of its answers
 RUN/bad-samples.json     see trainer.bad_samples
 RUN/metrics.jsonl        a row a step (on object stores: RUN/metrics/, see trainer.metrics)
 RUN/checkpoints/step-…/  see trainer.checkpoint
-RUN/tensorboard/  RUN/pictures/
+RUN/tensorboard/  RUN/pictures/  RUN/evaluations/
 """
 
 import json
@@ -26,13 +27,15 @@ from pipeline.errors import UserError
 from pipeline.manifest import Dataset
 from pipeline.order import Order, default_block, default_lanes
 from pipeline.storage import TEMPORARY, Store, open_store
-from trainer.config import PretrainConfig, differences, dump_config, parse_config
+from trainer.config import InitConfig, PretrainConfig, RunConfig
+from trainer.recipe import KINDS, C, differences, dump_config, parse_config
 from trainer.vote import Wish
 
 CONFIG = "config.yaml"
 RUN = "run.json"
 FAILED = "failed.json"
 LEASE = "lease.json"
+CLASSES = "classes.json"
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,10 @@ class Run:
     on_metrics: Callable[[dict[str, Any]], None] = lambda row: None
     on_begin: Callable[[int, int, int], None] = lambda attempt, step, world_size: None
     on_step: Callable[[int], None] = lambda steps_done: None
+    on_event: Callable[[dict[str, Any]], None] = lambda event: None
 
 
-def fix_order(config: PretrainConfig, dataset: Dataset) -> PretrainConfig:
+def fix_order(config: C, dataset: Dataset) -> C:
     """The config with lanes V and block K filled in. UserError where they do not fit the dataset."""
     lanes = config.data.lanes or default_lanes(config.global_batch)
     memory = int(config.data.memory_gb * 2**30)
@@ -67,7 +71,7 @@ def fix_order(config: PretrainConfig, dataset: Dataset) -> PretrainConfig:
     return fixed
 
 
-def make_order(config: PretrainConfig, dataset: Dataset) -> Order:
+def make_order(config: RunConfig, dataset: Dataset) -> Order:
     """The order of a config whose lanes and block are fixed."""
     assert config.data.lanes is not None
     assert config.data.block is not None
@@ -76,7 +80,7 @@ def make_order(config: PretrainConfig, dataset: Dataset) -> Order:
     )
 
 
-def open_run(url: str, config: PretrainConfig, dataset: Dataset) -> tuple[PretrainConfig, Run]:
+def open_run(url: str, config: C, dataset: Dataset) -> tuple[C, Run]:
     """A run in a new folder, or the next attempt of the one that is there. Writes nothing: `found_run` does.
 
     Returns the config as fixed when the run first started, and the run (rank 0 of 1).
@@ -93,16 +97,9 @@ def open_run(url: str, config: PretrainConfig, dataset: Dataset) -> tuple[Pretra
             f"{dataset.store.url} has {dataset.fingerprint[:12]}): give that one, or another --out"
         )
     before = read_config(store)
-    fixed = config.model_copy(
-        update={
-            "data": config.data.model_copy(
-                update={
-                    "lanes": config.data.lanes or before.data.lanes,
-                    "block": config.data.block or before.data.block,
-                }
-            )
-        }
-    )
+    fixed = _filled_in(config, before)
+    if type(before) is not type(fixed):
+        raise UserError(f"{store.url} is a run of `maestream {before.task}`: choose another --out")
     if changed := differences(before, fixed):
         raise UserError(
             f"{store.url} was started with another config ({'; '.join(changed)}): "
@@ -112,8 +109,18 @@ def open_run(url: str, config: PretrainConfig, dataset: Dataset) -> tuple[Pretra
     return fixed, Run(store, run_id, len(starts) + 1)
 
 
-def _new_run(store: Store, config: PretrainConfig, dataset: Dataset) -> tuple[PretrainConfig, Run]:
-    ours = (CONFIG, TEMPORARY, LEASE, FAILED)  # a start may have been killed here
+def _filled_in(config: C, before: RunConfig) -> C:
+    """The config with what was fixed when the run first started, where it says nothing else."""
+    data = {name: getattr(config.data, name) or getattr(before.data, name) for name in ("lanes", "block")}
+    update: dict[str, Any] = {"data": config.data.model_copy(update=data)}
+    init, old = (getattr(c, "init", None) for c in (config, before))
+    if isinstance(init, InitConfig) and isinstance(old, InitConfig) and init.step is None:
+        update["init"] = init.model_copy(update={"step": old.step})
+    return config.model_copy(update=update)
+
+
+def _new_run(store: Store, config: C, dataset: Dataset) -> tuple[C, Run]:
+    ours = (CONFIG, CLASSES, TEMPORARY, LEASE, FAILED)  # a start may have been killed here
     if names := [name for name in store.names() if not name.startswith(ours)]:
         raise UserError(f"{store.url} is not empty and not a run ({names[0]}, …): choose another --out")
     return fix_order(config, dataset), Run(store, uuid.uuid4().hex, attempt=1)
@@ -133,10 +140,12 @@ def _write_run(run: Run, fingerprint: str, starts: list[int]) -> None:
     run.store.write(RUN, (text + "\n").encode())
 
 
-def found_run(config: PretrainConfig, run: Run, dataset: Dataset) -> None:
+def found_run(config: RunConfig, run: Run, dataset: Dataset) -> None:
     """Write what `open_run` found into a new run's folder: from now on it is this run's."""
     if run.attempt == 1:
         run.store.write(CONFIG, dump_config(config).encode())
+        if not isinstance(config, PretrainConfig):
+            run.store.write(CLASSES, (json.dumps(dataset.manifest.classes) + "\n").encode())
         _write_run(run, dataset.fingerprint, [])
 
 
@@ -185,6 +194,22 @@ def in_history(starts: Sequence[int], attempt: int, step: int) -> bool:
     return attempt <= len(starts) and all(start > step for start in starts[attempt:])
 
 
+def check_trained_classes(store: Store, dataset: Dataset) -> None:
+    """UserError where a dataset has other classes than a run was trained to name, or has them in another order."""
+    try:
+        trained, asked = json.loads(store.read(CLASSES)), dataset.manifest.classes
+    except FileNotFoundError:
+        raise UserError(
+            f"{store.url} is of pre-training, and names no classes: fine-tune or probe it, or try `maestream knn`"
+        ) from None
+    if asked != trained:
+        first = next(((a, b) for a, b in zip(asked, trained, strict=False) if a != b), None)
+        where = f": {first[0]} is where {first[1]} was" if first else ""
+        raise UserError(
+            f"{dataset.store.url} has other classes ({len(asked)}) than {store.url} was trained on ({len(trained)}){where}"
+        )
+
+
 def write_failure(run: Run, reason: str) -> None:
     """Leave word of what stopped the run for good."""
     text = json.dumps({"attempt": run.attempt, "reason": reason}, indent=1)
@@ -201,7 +226,7 @@ def forget_failure(store: Store) -> str | None:
     return reason
 
 
-def read_config(store: Store) -> PretrainConfig:
+def read_config(store: Store) -> RunConfig:
     """The config a run was started with."""
     try:
         tree = yaml.safe_load(store.read(CONFIG))
@@ -209,4 +234,7 @@ def read_config(store: Store) -> PretrainConfig:
         raise UserError(f"{store.url} is not a run: it has no {CONFIG}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{store.describe(CONFIG)} cannot be read ({error})") from None
-    return parse_config(PretrainConfig, tree, store.describe(CONFIG))
+    task = tree.get("task", "pretrain") if isinstance(tree, dict) else None
+    if task not in KINDS:
+        raise UserError(f"{store.describe(CONFIG)} is of a run of another kind, or damaged")
+    return parse_config(KINDS[task], tree, store.describe(CONFIG))

@@ -31,7 +31,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from trainer.checkpoint import optimizer_state, set_optimizer_state
-from trainer.config import PretrainConfig, fixed_part
+from trainer.config import RunConfig
+from trainer.recipe import fixed_part
 from trainer.run import Run, in_history, read_starts
 
 STATE, WRITING = "state.safetensors", "writing"
@@ -43,7 +44,7 @@ Rows = list[dict[str, Any]]
 log = logging.getLogger("maestream")
 
 
-def config_digest(config: PretrainConfig) -> str:
+def config_digest(config: RunConfig) -> str:
     """Of all that may not differ when a run goes on."""
     return hashlib.sha256(json.dumps(fixed_part(config), sort_keys=True).encode()).hexdigest()
 
@@ -51,7 +52,7 @@ def config_digest(config: PretrainConfig) -> str:
 class Snapshots:
     """The snapshots of one attempt. The same calls on every rank, from step `start` on."""
 
-    def __init__(self, run: Run, config: PretrainConfig, start: int) -> None:
+    def __init__(self, run: Run, config: RunConfig, start: int) -> None:
         self.run, self.digest = run, config_digest(config)
         self.next = start + 1  # the first comes at once: until then a death costs all since the last commit
         self.last, self.last_at = start, time.perf_counter()
@@ -182,7 +183,7 @@ class Snapshots:
 
 
 def restore(
-    run: Run, config: PretrainConfig, commit: int, model: nn.Module, optimizer: torch.optim.Optimizer
+    run: Run, config: RunConfig, commit: int, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[int, Rows] | None:
     """The newest snapshot on any of the workers' machines, if it is newer than the commit after `commit` steps.
 
@@ -208,7 +209,7 @@ def restore(
     return best, rows
 
 
-def _newest(run: Run, config: PretrainConfig, commit: int) -> tuple[dict[str, torch.Tensor], int]:
+def _newest(run: Run, config: RunConfig, commit: int) -> tuple[dict[str, torch.Tensor], int]:
     """The newest whole snapshot on this machine that belongs to the run's history and is newer than the commit, and its
     step; nothing, and the commit's, if there is none."""
     best: tuple[dict[str, torch.Tensor], int] = {}, commit
@@ -298,7 +299,7 @@ def _is_first_on_its_node(run: Run, nodes: list[int]) -> bool:
     return run.rank == nodes.index(nodes[run.rank])
 
 
-def _folder(config: PretrainConfig, run: Run) -> Path | None:
+def _folder(config: RunConfig, run: Run) -> Path | None:
     """Where this node's snapshots lie; None where they are not wanted, or there is no such folder."""
     base = config.checkpoint.snapshots
     if base is None or not os.access(base, os.W_OK):

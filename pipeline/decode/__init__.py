@@ -43,6 +43,7 @@ from pipeline.errors import UserError
 from pipeline.spent import Spent
 
 Encoded = bytes | memoryview
+Size = tuple[int, int]  # pixels: height, width
 DecoderName = Literal["auto", "cpu", "dali"]
 CPU = torch.device("cpu")
 log = logging.getLogger("maestream")
@@ -50,7 +51,7 @@ log = logging.getLogger("maestream")
 
 @dataclass(frozen=True)
 class Decoded:
-    # uint8[n, 3, size, size], RGB; zeros where an image is bad. On a CUDA device it is complete, and was taken from
+    # uint8[n, 3, h, w], RGB; zeros where an image is bad. On a CUDA device it is complete, and was taken from
     # the allocator on another stream than the caller's: tell it who else uses the memory (Tensor.record_stream).
     images: torch.Tensor
     bad: dict[int, str]  # position in the batch → why it does not decode
@@ -58,6 +59,8 @@ class Decoded:
 
 
 class Decoder(Protocol):
+    size: Size
+
     def __call__(
         self, encoded: Sequence[Encoded], boxes: npt.NDArray[np.int64], flips: npt.NDArray[np.bool_]
     ) -> Decoded:
@@ -74,13 +77,15 @@ class Decoder(Protocol):
     def close(self) -> None: ...
 
 
-def make_decoder(name: DecoderName, size: int, threads: int, device: torch.device = CPU) -> Decoder:
-    """An executor for crops of `size` × `size` pixels with `threads` threads, for a trainer on `device`.
+def make_decoder(name: DecoderName, size: int | Size, threads: int, device: torch.device = CPU) -> Decoder:
+    """An executor for crops of `size` pixels, (height, width) or both the same, with `threads` threads, for
+    a trainer on `device`.
 
     `auto` is DALI on a CUDA device where it gives the CPU's slices, which takes some seconds to see; else cpu, and
     a warning if there is a CUDA device. On a CPU that is about three times as fast as DALI (224-pixel crops of
     ImageNet photographs). UserError where `dali` cannot be had.
     """
+    size = (size, size) if isinstance(size, int) else size
     on_gpu = device.type == "cuda"
     if name == "dali" or (name == "auto" and on_gpu):
         try:

@@ -116,7 +116,8 @@ def main(device: str) -> None:
     from pipeline.decode.cpu import CpuDecoder
     from pipeline.decode.dali import DaliDecoder
 
-    print(slices_differ(DaliDecoder(SIZE, 4, torch.device(device)), CpuDecoder(SIZE, 4)) or "")
+    size = (SIZE, SIZE)
+    print(slices_differ(DaliDecoder(size, 4, torch.device(device)), CpuDecoder(size, 4)) or "")
 
 
 if __name__ == "__main__":

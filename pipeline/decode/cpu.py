@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from pipeline.decode import Decoded, Encoded, refused
+from pipeline.decode import Decoded, Encoded, Size, refused
 from pipeline.errors import why_undecodable
 from pipeline.spent import Spent
 
@@ -26,7 +26,7 @@ except ImportError:
 class CpuDecoder:
     """See `pipeline.decode.Decoder`."""
 
-    def __init__(self, size: int, threads: int) -> None:
+    def __init__(self, size: Size, threads: int) -> None:
         self.size = size
         self.threads = threads
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
@@ -34,7 +34,7 @@ class CpuDecoder:
     def __call__(
         self, encoded: Sequence[Encoded], boxes: npt.NDArray[np.int64], flips: npt.NDArray[np.bool_]
     ) -> Decoded:
-        images = np.zeros((len(encoded), 3, self.size, self.size), np.uint8)
+        images = np.zeros((len(encoded), 3, *self.size), np.uint8)
         bad: dict[int, str] = {}
         tasks = list(zip(encoded, boxes.tolist(), flips.tolist(), images, strict=True))
         places = iter(range(len(tasks)))
@@ -63,7 +63,7 @@ class CpuDecoder:
 def decode_with_pillow(
     data: Encoded, box: tuple[int, int, int, int], flip: bool, out: npt.NDArray[np.uint8]
 ) -> tuple[float, float]:
-    """The box (y, x, height, width) of an image into `out`, uint8[3, size, size].
+    """The box (y, x, height, width) of an image into `out`, uint8[3, h, w].
 
     Returns seconds that went into decoding it, and into resizing it."""
     begin = time.perf_counter()
@@ -79,7 +79,7 @@ def decode_with_pillow(
         crop = Image.fromarray((np.asarray(crop) >> 8).astype(np.uint8))
     crop = crop.convert("RGB")
     decoded = time.perf_counter()
-    crop = crop.resize(out.shape[1:], Image.Resampling.BICUBIC)
+    crop = crop.resize(out.shape[:0:-1], Image.Resampling.BICUBIC)  # its sizes are (width, height)
     if flip:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     out[:] = np.asarray(crop).transpose(2, 0, 1)

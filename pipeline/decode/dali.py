@@ -17,7 +17,7 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.plugin.pytorch import feed_ndarray
 
-from pipeline.decode import Decoded, Encoded, refused
+from pipeline.decode import Decoded, Encoded, Size, refused
 from pipeline.spent import Spent
 
 # The share of a batch that a GPU's JPEG engines decode; host threads and its other cores do the rest meanwhile. What
@@ -27,7 +27,7 @@ HW_DECODER_LOAD = 0.65
 
 
 @pipeline_def
-def _graph(size: int, decoding: str) -> object:
+def _graph(size: Size, decoding: str) -> object:
     images = fn.decoders.image_slice(
         fn.external_source(name="encoded", dtype=types.UINT8, ndim=1),
         fn.external_source(name="anchor", dtype=types.INT32, ndim=1),
@@ -41,7 +41,7 @@ def _graph(size: int, decoding: str) -> object:
         affine=False,  # else the threads of all pipelines and workers would be tied to the same first cores
     )
     # These run where the images are.
-    images = fn.resize(images, size=(size, size), interp_type=types.INTERP_CUBIC, antialias=True)
+    images = fn.resize(images, size=size, interp_type=types.INTERP_CUBIC, antialias=True)
     images = fn.flip(images, horizontal=fn.external_source(name="flip", dtype=types.INT32, ndim=0))
     return fn.transpose(images, perm=[2, 0, 1])
 
@@ -49,7 +49,7 @@ def _graph(size: int, decoding: str) -> object:
 class DaliDecoder:
     """See `pipeline.decode.Decoder`. On the CPU, or on a CUDA device, where its images then are."""
 
-    def __init__(self, size: int, threads: int, device: torch.device) -> None:
+    def __init__(self, size: Size, threads: int, device: torch.device) -> None:
         self.size = size
         self.threads = threads
         self.device = torch.empty(0, device=device).device  # a CUDA device with its number
@@ -91,8 +91,8 @@ class DaliDecoder:
         flips: npt.NDArray[np.bool_],
         chosen: npt.NDArray[np.int64],
     ) -> tuple[torch.Tensor | str, Spent]:
-        """uint8[len(chosen), 3, size, size]; or, if one of them is bad, what DALI says about it. And what it took."""
-        images = torch.empty((len(chosen), 3, self.size, self.size), dtype=torch.uint8, device=self.device)
+        """uint8[len(chosen), 3, h, w]; or, if one of them is bad, what DALI says about it. And what it took."""
+        images = torch.empty((len(chosen), 3, *self.size), dtype=torch.uint8, device=self.device)
         if not len(chosen):
             return images, Spent()
         graph = self._take(len(chosen))

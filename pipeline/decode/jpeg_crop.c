@@ -19,8 +19,9 @@
 
 #include "resize.h"
 
-/* TIMED: of so many rows the clock is read at one: to read it at each would take 1 to 2 % of the time. */
-enum { MARGIN = 8, TIMED = 16 };
+/* TIMED: of so many rows the clock is read at one: to read it at each would take 1 to 2 % of the time.
+   MOST_SIDE: of what is made, so that no product overflows. */
+enum { MARGIN = 8, TIMED = 16, MOST_SIDE = 65535 };
 
 /* OTHER: not a JPEG of one or three components. */
 enum outcome { DONE, OTHER, DAMAGED, NO_MEMORY };
@@ -34,8 +35,8 @@ struct job {
     const u8 *encoded;
     size_t bytes;
     unsigned y, x, height, width;
-    int size, flip;
-    u8 *out; /* [3][size][size] */
+    int out_height, out_width, flip;
+    u8 *out; /* [3][out_height][out_width] */
     struct jpeg_decompress_struct jpeg;
     struct jpeg_error_mgr errors;
     jmp_buf escape;
@@ -107,8 +108,9 @@ static enum outcome decode_into(struct job *job) {
     }
     job->resize_s += timed_s * job->height / ((job->height + TIMED - 1) / TIMED);
     double begin = now();
-    for (int i = 0; i < job->size; i++)
-        down(&job->lines, i, job->rows, stride, job->size, job->out + (size_t)i * job->size);
+    size_t plane = (size_t)job->out_height * job->out_width;
+    for (int i = 0; i < job->out_height; i++)
+        down(&job->lines, i, job->rows, stride, job->out_width, plane, job->out + (size_t)i * job->out_width);
     job->resize_s += now() - begin;
     return DONE;
 }
@@ -116,8 +118,8 @@ static enum outcome decode_into(struct job *job) {
 static enum outcome decode(struct job *job) {
     enum outcome outcome = NO_MEMORY;
     double begin = now();
-    if (make_window(&job->columns, job->width, job->size, job->flip) &&
-        make_window(&job->lines, job->height, job->size, 0)) {
+    if (make_window(&job->columns, job->width, job->out_width, job->flip) &&
+        make_window(&job->lines, job->height, job->out_height, 0)) {
         job->resize_s = now() - begin;
         outcome = decode_into(job);
         jpeg_destroy_decompress(&job->jpeg);
@@ -134,23 +136,28 @@ static enum outcome decode(struct job *job) {
 
 PyDoc_STRVAR(crop_doc,
              "crop(encoded, y, x, height, width, flip, out) -> tuple[float, float] | None\n\n"
-             "Decode that box of a JPEG into `out`, uint8[3, size, size], RGB, contiguous.\n"
+             "Decode that box of a JPEG into `out`, uint8[3, h, w], RGB, contiguous.\n"
              "Seconds that went into decoding it, and into resizing it.\n"
              "None, and `out` untouched, if it is no JPEG of one or three components.\n"
              "ValueError if it is damaged, or smaller than its box.");
 
 static PyObject *crop(PyObject *module, PyObject *args) {
+    PyObject *into;
     Py_buffer encoded, out;
     int y, x, height, width;
     struct job job;
     memset(&job, 0, sizeof job);
-    if (!PyArg_ParseTuple(args, "y*iiiipw*", &encoded, &y, &x, &height, &width, &job.flip, &out)) return NULL;
+    if (!PyArg_ParseTuple(args, "y*iiiipO", &encoded, &y, &x, &height, &width, &job.flip, &into)) return NULL;
+    if (PyObject_GetBuffer(into, &out, PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE)) {
+        PyBuffer_Release(&encoded);
+        return NULL;
+    }
     PyObject *result = NULL;
-    job.size = (int)sqrt(out.len / 3.0);
-    if (y < 0 || x < 0 || height < 1 || width < 1 || job.size < 1 ||
-        (Py_ssize_t)job.size * job.size * 3 != out.len) {
-        PyErr_SetString(PyExc_ValueError, "the box is empty or negative, or `out` is not [3, size, size]");
+    if (y < 0 || x < 0 || height < 1 || width < 1 || out.ndim != 3 || out.itemsize != 1 || out.shape[0] != 3 ||
+        !out.len || out.shape[1] > MOST_SIDE || out.shape[2] > MOST_SIDE) {
+        PyErr_SetString(PyExc_ValueError, "the box is empty or negative, or `out` is not uint8[3, h, w]");
     } else {
+        job.out_height = (int)out.shape[1], job.out_width = (int)out.shape[2];
         job.encoded = encoded.buf;
         job.bytes = encoded.len;
         job.y = y, job.x = x, job.height = height, job.width = width;

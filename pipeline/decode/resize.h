@@ -88,8 +88,9 @@ static void across_plain(const struct window *window, const u8 *row, u8 *out) {
 }
 
 /* Row i of the result, from `rows`, RGBX, each of `stride` bytes and 2 · pairs more than there are. Writes
-   `size` bytes into each of three planes. */
-static void down_plain(const struct window *window, int i, const u8 *rows, size_t stride, int size, u8 *out) {
+   `size` bytes into each of three planes, which begin `plane` bytes apart. */
+static void down_plain(const struct window *window, int i, const u8 *rows, size_t stride, int size,
+                       size_t plane, u8 *out) {
     enum { STRIP = 64 }; /* bytes at a time, so that the sums stay in the cache */
     short(*weights)[8] = window->weights + (size_t)i * 2 * window->fours;
     rows += window->first[i] * stride;
@@ -102,7 +103,7 @@ static void down_plain(const struct window *window, int i, const u8 *rows, size_
             for (int k = 0; k < n; k++) sum[k] += weight * (short)row[k];
         }
         for (int k = 0; k < n; k++)
-            if (k % 4 < 3) out[(size_t)(k % 4) * size * size + (at + k) / 4] = clipped(sum[k]);
+            if (k % 4 < 3) out[(k % 4) * plane + (at + k) / 4] = clipped(sum[k]);
     }
 }
 
@@ -137,7 +138,7 @@ AVX2 static void across_avx2(const struct window *window, const u8 *row, u8 *out
 }
 
 AVX2 static void down_avx2(const struct window *window, int i, const u8 *rows, size_t stride, int size,
-                           u8 *out) {
+                           size_t plane, u8 *out) {
     const __m128i in_planes = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     short(*weights)[8] = window->weights + (size_t)i * 2 * window->fours;
     rows += window->first[i] * stride;
@@ -156,7 +157,7 @@ AVX2 static void down_avx2(const struct window *window, int i, const u8 *rows, s
         int planes[4];
         _mm_storeu_si128((__m128i *)planes, _mm_shuffle_epi8(bytes, in_planes));
         for (int c = 0; c < 3; c++) {
-            u8 *to = out + (size_t)c * size * size + k;
+            u8 *to = out + c * plane + k;
             if (size - k >= 4)
                 memcpy(to, planes + c, 4);
             else
@@ -167,7 +168,7 @@ AVX2 static void down_avx2(const struct window *window, int i, const u8 *rows, s
 #endif
 
 static void (*across)(const struct window *, const u8 *, u8 *) = across_plain;
-static void (*down)(const struct window *, int, const u8 *, size_t, int, u8 *) = down_plain;
+static void (*down)(const struct window *, int, const u8 *, size_t, int, size_t, u8 *) = down_plain;
 
 static void choose_instructions(void) {
 #if defined(__x86_64__)

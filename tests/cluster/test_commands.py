@@ -33,11 +33,11 @@ def test_build_show_and_verify(tmp_path: Path) -> None:
     assert "left out a/torn.jpg: image file is truncated" in out
     assert "4 images in 1 shards" in out
     assert "1 left out" in out
-    out = maestream("shards", "show", tmp_path / "out", "--grid", tmp_path / "g.png").stdout
+    out = printed("shards", "show", tmp_path / "out", "--grid", tmp_path / "g.png")
     assert "2: a, b" in out
     with Image.open(tmp_path / "g.png") as sheet:
         assert sheet.width > 400
-    assert "are whole" in maestream("shards", "verify", tmp_path / "out").stdout
+    assert "are whole" in printed("shards", "verify", tmp_path / "out")
     shard = tmp_path / "out" / "shard-000000.tar"
     shard.write_bytes(shard.read_bytes().replace(b"\xff\xd8", b"\xff\xd9", 1))
     done = maestream("shards", "verify", tmp_path / "out", check=False)
@@ -52,14 +52,14 @@ def test_shards_made_by_others(tmp_path: Path) -> None:
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
     assert "b.jpg: it is no JPEG, PNG or WebP. Mend it, or" in refused("shards", "index", tmp_path)
-    out = maestream("shards", "index", tmp_path, "--skip-damaged", "--to", tmp_path / "elsewhere").stdout
+    out = printed("shards", "index", tmp_path, "--skip-damaged", "--to", tmp_path / "elsewhere")
     assert "left out x.tar: b at byte" in out
     assert "1 images in 1 shards" in out
     assert "flipped bytes of an image will not be noticed" in out
-    out = maestream("shards", "show", tmp_path / "elsewhere").stdout
+    out = printed("shards", "show", tmp_path / "elsewhere")
     assert "1: cat" in out
     assert "indexed " in out
-    assert "their bytes could not be checked" in maestream("shards", "verify", tmp_path / "elsewhere").stdout
+    assert "their bytes could not be checked" in printed("shards", "verify", tmp_path / "elsewhere")
 
 
 def test_a_build_that_is_killed_is_no_dataset_and_building_again_finishes_it(tmp_path: Path) -> None:
@@ -75,8 +75,8 @@ def test_a_build_that_is_killed_is_no_dataset_and_building_again_finishes_it(tmp
     assert "begun and not finished" in refused("shards", "show", tmp_path / "out")
     other = (*words[:2], "synthetic:?count=20", *words[3:])
     assert "a build of something else" in refused(*other)
-    maestream(*other, "--overwrite")
-    assert "20 images in 1 shards are whole" in maestream("shards", "verify", tmp_path / "out").stdout
+    printed(*other, "--overwrite")
+    assert "20 images in 1 shards are whole" in printed("shards", "verify", tmp_path / "out")
     assert not [path for path in (tmp_path / "out").rglob("*") if path.name.startswith(".maestream")]
 
 
@@ -117,7 +117,7 @@ def test_sources_and_destinations_that_are_refused(scenes: Dataset, tmp_path: Pa
     assert "is a file" in build("synthetic:?count=1", tmp_path / "file")
     assert "is a file" in build("synthetic:?count=1", tmp_path / "file" / "below")
     assert "is a file" in build(tmp_path / "file", tmp_path / "other")
-    maestream("shards", "build", tmp_path / "torn", tmp_path / "out")  # and after that it is built
+    printed("shards", "build", tmp_path / "torn", tmp_path / "out")  # and after that it is built
 
 
 def test_datasets_that_are_refused(scenes: Dataset, tmp_path: Path) -> None:
@@ -220,10 +220,16 @@ def test_interrupting_a_bench_leaves_nothing_behind(scenes: Dataset) -> None:
         "shards verify",
         "order",
         "pretrain",
+        "finetune",
+        "linprobe",
+        "knn",
+        "evaluate",
+        "features",
+        "study",
         "reconstruct",
         "bench loader",
     ],
 )
 def test_every_command_of_the_readme_exists(command: str) -> None:
     assert f"maestream {command}" in (ROOT / "README.md").read_text()
-    assert "Usage:" in maestream(*command.split(), "--help").stdout
+    assert "Usage:" in printed(*command.split(), "--help")

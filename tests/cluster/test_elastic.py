@@ -31,10 +31,11 @@ from cluster.train import TUNING
 from pipeline.manifest import Dataset
 from pipeline.storage import Store, open_store
 from trainer.checkpoint import committed_steps
-from trainer.config import PretrainConfig, load_config
+from trainer.config import PretrainConfig
 from trainer.events import read_events
 from trainer.metrics import read_metrics
 from trainer.pretrain import pretrain
+from trainer.recipe import load_config
 from trainer.run import found_run, make_order, open_run
 
 RECIPE = """

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import psutil
 import pytest
-from conftest import IMAGENET_SAMPLE, ROOT, build_dataset, maestream, refused
+from conftest import IMAGENET_SAMPLE, ROOT, build_dataset, maestream, printed, refused
 from fault_proxy import SLOW_DOWN, fault_proxy
 from processes import processes
 from run_control import kill, wait_until
@@ -43,8 +43,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 def test_any_number_of_tasks_writes_the_same_bytes(whole: dict[str, bytes], tmp_path: Path) -> None:
     for tasks in (1, 2, 5):
         out = tmp_path / str(tasks)
-        printed = maestream("shards", "build", SOURCE, out, "--shard-mb", 0.5, "--tasks", tasks).stdout
-        assert "96 images in 10 shards" in printed
+        said = printed("shards", "build", SOURCE, out, "--shard-mb", 0.5, "--tasks", tasks)
+        assert "96 images in 10 shards" in said
         assert tree(out) == whole
 
 
@@ -88,10 +88,10 @@ class Build:
             if tasks := processes("ray::write_shard", process.pid):
                 kill(self.rng.choice(tasks))
                 self.kills += 1
-        printed, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, printed + errors
+        said, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, said + errors
         self.check_kept()
-        return str(printed)
+        return str(said)
 
 
 def test_killed_and_begun_again_it_writes_the_same_and_nothing_twice(
@@ -100,8 +100,8 @@ def test_killed_and_begun_again_it_writes_the_same_and_nothing_twice(
     build = Build(tmp_path / "out", random.Random(0))
     build.run("task", "driver")
     kept = len(build.receipts())
-    printed = build.run("task")
-    assert f"{kept} of the shards were there from before" in printed
+    said = build.run("task")
+    assert f"{kept} of the shards were there from before" in said
     assert tree(tmp_path / "out") == whole
 
 
@@ -159,8 +159,8 @@ def test_what_is_odd_is_said(tmp_path: Path) -> None:
     if not IMAGENET_SAMPLE.is_dir():
         pytest.skip("no ImageNet sample beside the project")
     out = tmp_path / "out"
-    printed = maestream("shards", "build", IMAGENET_SAMPLE, out, "--longer-side", 256, "--rgb-jpeg").stdout
-    assert "classes are missing" in printed
+    said = printed("shards", "build", IMAGENET_SAMPLE, out, "--longer-side", 256, "--rgb-jpeg")
+    assert "classes are missing" in said
     dataset = open_dataset(str(out))
     assert verify(dataset) == []
     assert dataset.manifest.built["changed"] > 200

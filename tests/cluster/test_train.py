@@ -10,21 +10,17 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
-import torch.multiprocessing as mp
 from conftest import build_dataset, maestream, printed, refused
-from gloo import gloo_group
 from processes import command_line
 from run_control import kill, losses, running, wait_for_step, wait_until, workers_of
+from undisturbed import train_undisturbed
 
 from cluster.failures import HOPELESS
-from pipeline.manifest import Dataset, open_dataset
+from pipeline.manifest import Dataset
 from pipeline.storage import open_store
-from trainer.config import PretrainConfig, load_config
 from trainer.events import read_events
 from trainer.metrics import read_metrics
-from trainer.pretrain import pretrain
-from trainer.run import Run, fix_order, found_run, read_starts
+from trainer.run import read_starts
 
 RECIPE = """
 global_batch: 12
@@ -56,19 +52,8 @@ def words(recipe: Path, data: str, out: object, *more: str) -> tuple[object, ...
 def whole(recipe: Path, scenes: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two workers that nothing disturbed, not even Ray."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    mp.spawn(_worker, (str(recipe), scenes.store.url, str(out)), nprocs=2)  # type: ignore[attr-defined]
+    train_undisturbed("pretrain", recipe, (), scenes.store.url, out)
     return out
-
-
-def _worker(rank: int, recipe: str, data: str, out: str) -> None:
-    torch.set_num_threads(1)  # as Ray's workers, of one core each
-    with gloo_group(f"{out}.rendezvous", rank, 2):
-        dataset = open_dataset(data)
-        config = fix_order(load_config(PretrainConfig, recipe), dataset)
-        run = Run(open_store(out), "whole", 1, rank, 2)
-        if rank == 0:
-            found_run(config, run, dataset)
-        assert pretrain(config, dataset, run)
 
 
 def test_kills_change_nothing(recipe: Path, scenes: Dataset, whole: Path, tmp_path: Path) -> None:

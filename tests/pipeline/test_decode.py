@@ -9,7 +9,7 @@ from conftest import IMAGENET_SAMPLE
 from PIL import Image
 
 from pipeline.augment import random_flips, random_resized_crops
-from pipeline.decode import Decoder, make_decoder
+from pipeline.decode import Decoder, DecoderName, Size, make_decoder
 from pipeline.scenes import draw_scene
 
 SIZE = 96
@@ -29,9 +29,9 @@ def boxes_of(images: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
     return random_resized_crops(0, 0, ids, sizes[:, 1], sizes[:, 0]), random_flips(0, 0, ids)
 
 
-def crop_by_hand(image: bytes, box: np.ndarray, flip: bool) -> np.ndarray:
+def crop_by_hand(image: bytes, box: np.ndarray, flip: bool, size: Size = (SIZE, SIZE)) -> np.ndarray:
     y, x, h, w = box.tolist()
-    crop = Image.open(io.BytesIO(image)).convert("RGB").crop((x, y, x + w, y + h)).resize((SIZE, SIZE), 3)
+    crop = Image.open(io.BytesIO(image)).convert("RGB").crop((x, y, x + w, y + h)).resize(size[::-1], 3)
     return np.asarray(crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else crop).transpose(2, 0, 1)
 
 
@@ -45,6 +45,22 @@ def test_crops_are_those_of_the_boxes(decoder: Decoder) -> None:
     assert tuple(decoded.images.shape) == (len(images), 3, SIZE, SIZE)
     for i, image in enumerate(images):
         expected = crop_by_hand(image, boxes[i], bool(flips[i])).astype(float)
+        assert abs(decoded.images[i].numpy() - expected).mean() < 2, i
+
+
+@pytest.mark.parametrize("name", ["cpu", "dali"])
+@pytest.mark.parametrize("size", [(48, 80), (70, 33)])
+def test_images_need_not_be_square(name: DecoderName, size: Size) -> None:
+    if name == "dali":
+        pytest.importorskip("nvidia.dali")
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(draw_scene(0, 1, 1))).save(buffer, "PNG")  # which Pillow decodes
+    images = [draw_scene(0, 0, 0), buffer.getvalue()]
+    boxes, flips = np.array([[3, 5, 90, 70], [0, 0, 60, 110]]), np.array([True, False])
+    decoded = make_decoder(name, size, 1)(images, boxes, flips)
+    assert decoded.bad == {}
+    for i, image in enumerate(images):
+        expected = crop_by_hand(image, boxes[i], bool(flips[i]), size).astype(float)
         assert abs(decoded.images[i].numpy() - expected).mean() < 2, i
 
 

@@ -19,7 +19,7 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="what happens
 
 @pytest.fixture
 def cpu() -> Decoder:
-    return CpuDecoder(SIZE, 2)
+    return CpuDecoder((SIZE, SIZE), 2)
 
 
 def test_dali_and_cpu_agree(cpu: Decoder) -> None:
@@ -32,7 +32,7 @@ class Wrong:
     """An executor whose every ninth box is moved, or whose every ninth image is cut off."""
 
     def __init__(self, move: tuple[int, int, int, int], cut: bool) -> None:
-        self.right, self.move, self.cut = CpuDecoder(SIZE, 2), np.array(move), cut
+        self.right, self.move, self.cut = CpuDecoder((SIZE, SIZE), 2), np.array(move), cut
 
     def __call__(self, encoded: Sequence[Encoded], boxes: np.ndarray, flips: np.ndarray) -> Decoded:
         boxes = boxes.copy()

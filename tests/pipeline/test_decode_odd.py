@@ -175,7 +175,12 @@ def test_the_extension_checks_what_it_is_handed() -> None:
     jpeg, crop = zoo()["baseline 4:2:0"], cpu_module.jpeg_crop.crop
     with pytest.raises(ValueError, match="out"):
         crop(jpeg, 0, 0, 1, 1, False, np.zeros(7, np.uint8).data)
+    for shape in ((1, 3, 1), (3, 0, 1), (3, 1, 0), (3, 1, 1, 1)):
+        with pytest.raises(ValueError, match="out"):
+            crop(jpeg, 0, 0, 1, 1, False, np.zeros(shape, np.uint8).data)
+    with pytest.raises((BufferError, ValueError)):
+        crop(jpeg, 0, 0, 1, 1, False, np.zeros((4, 4, 3), np.uint8).transpose(2, 0, 1).data)
     for box in ((-1, 0, 1, 1), (0, -1, 1, 1), (0, 0, 0, 1), (0, 0, 1, 0)):
         with pytest.raises(ValueError, match="box"):
-            crop(jpeg, *box, False, np.zeros(3, np.uint8).data)
-    assert crop(zoo()["PNG RGB"], 0, 0, 1, 1, False, np.zeros(3, np.uint8).data) is None
+            crop(jpeg, *box, False, np.zeros((3, 1, 1), np.uint8).data)
+    assert crop(zoo()["PNG RGB"], 0, 0, 1, 1, False, np.zeros((3, 1, 1), np.uint8).data) is None

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch.multiprocessing as mp
+from gloo import run_workers
 from test_pretrain import _worker, committed_steps, losses, train
 
 from pipeline.errors import UserError
@@ -36,8 +36,7 @@ def named(out: Path) -> list[dict]:
 
 def test_bad_samples_are_counted_and_named_at_every_world_size(damaged: Dataset, tmp_path: Path) -> None:
     train(damaged, tmp_path / "alone")
-    arguments = (2, damaged.store.url, str(tmp_path / "many"), {})
-    mp.spawn(_worker, arguments, nprocs=2)  # type: ignore[attr-defined]
+    run_workers(_worker, 2, damaged.store.url, str(tmp_path / "many"), {})
     for out in (tmp_path / "alone", tmp_path / "many"):
         rows = read_metrics(open_store(str(out)))
         assert sum(row["bad_samples"] for row in rows) > len(VICTIMS)  # each in most of 6 epochs
@@ -70,5 +69,5 @@ def test_more_than_the_cap_stop_the_run_and_a_higher_cap_lets_it_go_on(
 def test_the_cap_stops_all_ranks(damaged: Dataset, tmp_path: Path) -> None:
     few = {"data": {"decoder": "cpu", "lanes": 4, "block": 8, "bad_samples": 0, "bad_share": 0.0}}
     with pytest.raises(Exception, match="more than the 0 that are allowed"):
-        mp.spawn(_worker, (2, damaged.store.url, str(tmp_path / "run"), few), nprocs=2)  # type: ignore[attr-defined]
+        run_workers(_worker, 2, damaged.store.url, str(tmp_path / "run"), few)
     assert committed_steps(open_store(str(tmp_path / "run"))) == []

@@ -4,28 +4,25 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from pipeline.errors import UserError
-from trainer.config import (
-    OptimConfig,
-    PretrainConfig,
-    WorkersConfig,
-    differences,
-    dump_config,
-    load_config,
-    parse_config,
-)
+from trainer.config import AdamWConfig, PretrainConfig, WorkersConfig
 from trainer.mae import MAE
 from trainer.optim import adamw, learning_rate
+from trainer.recipe import KINDS, differences, dump_config, load_config, parse_config
 
 RECIPES = sorted(Path("recipes").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_loads_and_survives_a_round_trip(recipe: Path, tmp_path: Path) -> None:
-    config = load_config(PretrainConfig, recipe)
+    tree = yaml.safe_load(recipe.read_text())
+    kind = KINDS[tree.get("task", "pretrain")]
+    init = ("init.run=run",) if kind is not PretrainConfig and "init" not in tree else ()
+    config = load_config(kind, recipe, init)
     (tmp_path / "config.yaml").write_text(dump_config(config))
-    assert load_config(PretrainConfig, tmp_path / "config.yaml") == config
+    assert load_config(kind, tmp_path / "config.yaml") == config
 
 
 def test_overrides_reach_any_depth() -> None:
@@ -50,6 +47,7 @@ def test_overrides_reach_any_depth() -> None:
         ("epochs=-1", "epochs: Input should be greater than 0, not -1"),
         ("model.mask_ratio=1", "model.mask_ratio: Input should be less than 1"),
         ("model.image_size=225", "image_size 225 is not divisible by patch_size 16"),
+        ("model.image_size=[224, 225]", r"image_size \(224, 225\) is not divisible by patch_size 16"),
         ("model.heads=7", "width 768 is not divisible by heads 7"),
         ("data.decoder=opencv", "data.decoder: Input should be 'auto', 'cpu' or 'dali'"),
         ("model=big", "model: Input should be a valid dictionary"),
@@ -112,7 +110,7 @@ def test_the_schedule_is_the_papers() -> None:
     steps_per_epoch, total = 312, 800 * 312
 
     def lr(step: int) -> float:
-        return learning_rate(step, total, steps_per_epoch, 4096, OptimConfig())
+        return learning_rate(step, total, steps_per_epoch, 4096, AdamWConfig())
 
     assert lr(0) == 0
     assert lr(20 * 312) == pytest.approx(1.2e-3)

@@ -5,8 +5,9 @@ import torch
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_position_embedding
 
-from trainer.config import ModelConfig, PretrainConfig, load_config
+from trainer.config import ModelConfig, PretrainConfig
 from trainer.mae import MAE
+from trainer.recipe import load_config
 from trainer.vit import sincos_positions
 
 BASE = ModelConfig()
@@ -123,7 +124,8 @@ def test_positions_are_the_authors(width: int, grid: int) -> None:
     rows_first = build_2d_sinusoidal_position_embedding(grid, grid, width, cls_token=True)
     half = width // 2  # the authors have the column in the first half
     assert torch.equal(
-        sincos_positions(width, grid)[0], torch.cat([rows_first[:, half:], rows_first[:, :half]], dim=1)
+        sincos_positions(width, (grid, grid))[0],
+        torch.cat([rows_first[:, half:], rows_first[:, :half]], dim=1),
     )
 
 

@@ -1,6 +1,9 @@
 """Masks are a pure function of (seed, epoch, sample id), the same hash on host and device."""
 
+from typing import Any
+
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,7 +11,7 @@ from hypothesis import strategies as st
 from pipeline.hashing import hash64
 from trainer.config import ModelConfig
 from trainer.mae import MAE
-from trainer.masks import MASK_STREAM, mask_noise
+from trainer.masks import MASK_STREAM, mask_noise, noise_of
 
 
 @given(st.integers(0, 2**31), st.integers(0, 2**31), st.lists(st.integers(0, 2**40), min_size=1, max_size=5))
@@ -50,3 +53,51 @@ def test_what_is_masked_is_never_seen() -> None:
     assert (other != images).any()
     assert torch.equal(model.predict(other, noise)[0], prediction)
     assert torch.equal(model.unpatchify(model.patchify(images)), images)
+
+
+def shape_of(**changes: Any) -> ModelConfig:
+    return ModelConfig(image_size=56, patch_size=4, width=24, depth=1, heads=2, decoder_width=16, decoder_depth=1,
+                       decoder_heads=2, **changes)  # fmt: skip
+
+
+def masks(ids: torch.Tensor, **changes: Any) -> torch.Tensor:
+    """bool[n, 14, 14]: which are masked."""
+    config = shape_of(**changes)
+    model = MAE(config)
+    restore = model.masking(noise_of(config, 0, 0, ids)).restore
+    return (restore >= model.kept).unflatten(1, (14, 14))
+
+
+def test_a_grid_keeps_one_of_each_four() -> None:
+    hidden = masks(torch.arange(3), sampling="grid")
+    kept = ~hidden.unflatten(1, (7, 2)).unflatten(3, (7, 2))  # [n, 7, 2, 7, 2]
+    assert (kept.sum(dim=(2, 4)) == 1).all()
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.75])
+def test_blocks_are_blocks_and_of_the_right_number(ratio: float) -> None:
+    ids = torch.arange(50)
+    hidden, random = masks(ids, sampling="block", mask_ratio=ratio), masks(ids, mask_ratio=ratio)
+    assert (hidden.sum(dim=(1, 2)) == int(196 - int(196 * (1 - ratio)))).all()
+
+    def borders(masked: torch.Tensor) -> torch.Tensor:
+        return (masked[:, 1:] != masked[:, :-1]).float().mean() + (
+            masked[..., 1:] != masked[..., :-1]
+        ).float().mean()
+
+    assert borders(hidden) < 0.5 * borders(random)
+    assert (masks(ids[7:9], sampling="block", mask_ratio=ratio) == hidden[7:9]).all()
+
+
+@pytest.mark.parametrize("masked", ["token", "noise"])
+def test_other_encoders_see_what_they_may(masked: str) -> None:
+    config = shape_of(masked=masked)
+    model = MAE(config)
+    images = torch.rand(2, 3, 56, 56)
+    noise = noise_of(config, 0, 0, torch.arange(2))
+    model(images, noise).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    prediction, hidden = model.predict(images, noise)
+    patches = model.patchify(images)
+    other = model.unpatchify(torch.where(hidden[..., None], 1 - patches, patches))
+    assert torch.equal(model.predict(other, noise)[0], prediction) == (masked == "token")

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from gloo import gloo_group
+from conftest import build_dataset
+from gloo import gloo_group, run_workers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,9 +19,10 @@ from pipeline.errors import UserError
 from pipeline.manifest import Dataset, open_dataset
 from pipeline.storage import open_store
 from trainer.checkpoint import committed_steps, kept_steps, newest_commit
-from trainer.config import PretrainConfig, parse_config
+from trainer.config import PretrainConfig
 from trainer.metrics import read_metrics
 from trainer.pretrain import pretrain
+from trainer.recipe import parse_config
 from trainer.run import Run, begin_attempt, found_run, make_order, open_run, read_starts
 from trainer.vote import Wish
 
@@ -84,7 +85,7 @@ def weights(url: str | Path) -> dict[str, torch.Tensor]:
 
 
 def spawn(world_size: int, *arguments: Any) -> None:
-    mp.spawn(_worker, (world_size, *arguments), nprocs=world_size)  # type: ignore[attr-defined]
+    run_workers(_worker, world_size, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -312,3 +313,37 @@ def test_what_a_run_refuses(scenes: Dataset, tmp_path: Path) -> None:
     (checkpoint / "model.safetensors").write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError, match="is damaged"):
         train(scenes, tmp_path / "run", epochs=1)
+
+
+def test_neighbours_are_asked_while_it_trains(scenes: Dataset, tmp_path: Path) -> None:
+    knn = {"val": scenes.store.url, "every": 1.0, "known": 70, "asked": 20}
+    train(scenes, tmp_path / "run", epochs=2.0, knn=knn)
+    train(scenes, tmp_path / "plain", epochs=2.0)
+    assert losses(tmp_path / "run") == losses(tmp_path / "plain")  # they change nothing
+    last = read_metrics(open_store(str(tmp_path / "run")))[-1]
+    assert last["knn_step"] == 10
+    assert last["knn_top1"] > 50  # each is among its own neighbours, and near
+
+
+def test_neighbours_that_cannot_be_asked_stop_the_run(scenes: Dataset, tmp_path: Path) -> None:
+    other = build_dataset("synthetic:?count=20&classes=3", str(tmp_path / "other"))
+    with pytest.raises(UserError, match="has other classes"):
+        train(scenes, tmp_path / "run", knn={"val": other.store.url})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"jitter": 0.4},
+        {"data": {**SMALL["data"], "crops": "fixed"}},
+        {"data": {**SMALL["data"], "crops": "centre", "flips": False}},
+        *({"model": {**SMALL["model"], "masked": masked}} for masked in ("token", "noise")),
+        *({"model": {**SMALL["model"], "sampling": sampling}} for sampling in ("block", "grid")),
+    ],
+    ids=str,
+)
+def test_what_studies_change_trains(changes: dict[str, Any], scenes: Dataset, tmp_path: Path) -> None:
+    train(scenes, tmp_path / "run", epochs=4.0, **changes)
+    found = losses(tmp_path / "run")
+    assert len(found) == 20
+    assert sum(found[-5:]) < sum(found[:5])

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from gloo import gloo_group
+from gloo import gloo_group, run_workers
 from safetensors.torch import load_file, save_file
 from test_pretrain import config_of
 from torch import nn
@@ -196,4 +195,4 @@ def test_one_survivor_is_enough_for_all(tmp_path: Path) -> None:
     newest = leave(tmp_path, 9, seed=2, start=5)
     assert newest != older
     the_file(tmp_path / "machine-1").write_bytes(the_file(tmp_path).read_bytes())
-    mp.spawn(_survivor, (3, str(tmp_path), newest), nprocs=3)  # type: ignore[attr-defined]
+    run_workers(_survivor, 3, str(tmp_path), newest)

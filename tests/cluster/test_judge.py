@@ -1,0 +1,169 @@
+"""Fine-tuning, probing, judging and studying are as hard to kill as pre-training."""
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import build_dataset, printed, refused
+from processes import processes
+from run_control import kill, losses, running, wait_for_step, wait_until, workers_of
+from undisturbed import train_undisturbed
+
+from cluster import judge
+from pipeline.manifest import Dataset
+from pipeline.storage import open_store
+from trainer.events import read_events
+from trainer.metrics import read_metrics
+
+COMMON = """
+global_batch: 12
+log_every: 5
+precision: float32
+micro_batch: 2
+model: {image_size: 32, patch_size: 8, width: 24, depth: 2, heads: 3}
+data: {lanes: 6, block: 8}
+"""
+RECIPES = {
+    "pretrain": "epochs: 4\noptim: {blr: 0.05, warmup_epochs: 1}\n",
+    "finetune": "epochs: 40\nworkers: 2\noptim: {blr: 0.05, warmup_epochs: 1, ema: 0.9}\nevaluate_every: 20\n",
+    "linprobe": "epochs: 60\noptim: {blr: 5.0, warmup_epochs: 1}\nevaluate_every: 20\n",
+}
+
+
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("recipes")
+    paths = {}
+    for task, more in RECIPES.items():
+        paths[task] = folder / f"{task}.yaml"
+        paths[task].write_text(COMMON + more)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def pretrained(recipes: dict[str, Path], scenes: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "pretrained"
+    train_undisturbed("pretrain", recipes["pretrain"], (), scenes.store.url, out)
+    return out
+
+
+@pytest.mark.parametrize("task", ["finetune", "linprobe"])
+def test_a_killed_worker_changes_nothing(
+    task: str, recipes: dict[str, Path], pretrained: Path, scenes: Dataset, tmp_path: Path
+) -> None:
+    data, out = scenes.store.url, tmp_path / "run"
+    overrides = (f"init.run={pretrained}", f"data.val={data}")
+    train_undisturbed(task, recipes[task], overrides, data, tmp_path / "whole")
+    init, val = os.path.relpath(pretrained), os.path.relpath(data)  # workers run in folders of their own
+    options = ("--config", recipes[task], "--init", init, "--data", data, "--val", val, "--out", out)
+    with running((task, *options)) as process:
+        wait_for_step(40, process, out)
+        kill(workers_of(process.pid)[0])
+        text, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, text
+    assert losses(out) == losses(tmp_path / "whole")  # bit for bit
+    ours, theirs = (read_metrics(open_store(str(path)))[-1] for path in (out, tmp_path / "whole"))
+    assert ours["attempt"] == 2
+    assert ours["val_top1"] == theirs["val_top1"]
+    assert f"top-1 {ours['val_top1']:.2f} %" in text
+    told = [event for event in read_events(open_store(str(out))) if event["event"] == "evaluated"]
+    assert told[-1]["val_top1"] == ours["val_top1"]
+
+    # and what it came to can be asked again
+    said = printed("evaluate", out, "--data", data, "--tasks", 1)
+    assert f"top-1 {ours['val_top1']:.2f} %" in said
+    (kept,) = (out / "evaluations").iterdir()
+    assert json.loads(kept.read_text())["val_top5"] == pytest.approx(ours["val_top5"])
+
+
+def test_neighbours_and_features(
+    pretrained: Path, scenes: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In parts, which end in the middle of batches."""
+    monkeypatch.setattr(judge, "PART_SAMPLES", 30)
+    data = scenes.store.url
+    about = ("--data", data, "--tasks", 1, "--batch", 8)
+    said = printed("knn", pretrained, *about, "--val", data, "--neighbours", 1)
+    assert "top-1 100.00 %, top-5 100.00 %, 70 images by 70" in said  # each is its own neighbour
+    out, patches = tmp_path / "mean", tmp_path / "patches"
+    asked = ("features", pretrained, *about, "--out", out, "--pool", "mean")
+    assert "features of 70 images, 0 are bad" in printed(*asked)
+    files = sorted(out.glob("*.parquet"))
+    table = pa.concat_tables([pq.read_table(path) for path in files])
+    assert len(files) == 3
+    assert table["sample"].to_pylist() == list(range(70))
+    assert table["key"].to_pylist() == scenes.keys(range(70))
+    assert table.schema.metadata[b"shape"] == b"[24]"
+
+    # what was made is not made again, and what is there is of this run, step, crop and dataset
+    files[1].unlink()
+    before = [path.stat().st_mtime_ns for path in (files[0], files[2])]
+    assert "features of 70 images, 0 are bad" in printed(*asked)
+    assert files[1].exists()
+    assert before == [path.stat().st_mtime_ns for path in (files[0], files[2])]
+    assert "other features (crop 0.875 → 0.5)" in refused(*asked, "--crop", 0.5)
+    assert "is not empty (checkpoints" in refused(*asked[:-4], "--out", pretrained)
+
+    asked = ("features", pretrained, *about, "--out", patches, "--pool", "patches", "--image-size")
+    monkeypatch.setattr(judge, "PART_BYTES", 20 * 5 * 8 * 24 * 4)  # of 20 samples
+    printed(*asked, "40x64")
+    assert len(list(patches.glob("*.parquet"))) == 4
+    table = pq.read_table(patches / "part-0000000000.parquet")
+    assert table.schema.metadata[b"shape"] == b"[5, 8, 24]"
+    assert len(table["feature"][0]) == 5 * 8 * 24
+    assert "is not divisible" in refused(*asked, "41x64")
+    assert "write 384" in refused(*asked, "large")
+    assert "has no commit of step 7" in refused("knn", pretrained, *about, "--val", data, "--step", 7)
+
+
+def test_what_cannot_be_evaluated_is_refused(
+    pretrained: Path, recipes: dict[str, Path], scenes: Dataset, tmp_path: Path
+) -> None:
+    data = scenes.store.url
+    other = build_dataset("synthetic:?count=20&classes=3", str(tmp_path / "other")).store.url
+    assert "names no classes" in refused("evaluate", pretrained, "--data", data)
+    probed = tmp_path / "probed"
+    changes = (f"init.run={pretrained}", "epochs=2", "evaluate_every=9")
+    train_undisturbed("linprobe", recipes["linprobe"], changes, data, probed)
+    assert "other classes (3) than" in refused("evaluate", probed, "--data", other)
+    options = ("--config", recipes["linprobe"], "--data", data, "--out", tmp_path / "out")
+    assert "has other classes than" in refused("linprobe", *options, "--init", pretrained, "--val", other)
+    assert "say whose encoder it begins with" in refused("linprobe", *options)
+    assert "is not a run" in refused("linprobe", *options, "--init", data)
+    assert "is a run of `maestream pretrain`" in refused(
+        "linprobe", *options[:-1], pretrained, "--init", pretrained
+    )
+
+
+def test_a_killed_study_goes_on(recipes: dict[str, Path], scenes: Dataset, tmp_path: Path) -> None:
+    """One trial is measured and the other one still pre-trained, say, when it is killed."""
+    data, out = scenes.store.url, tmp_path / "study"
+    command = ("study", "target", "--pretrain", recipes["pretrain"], "--linprobe", recipes["linprobe"])
+    command = (*command, "--data", data, "--val", data, "--out", out)
+    with running((*command, "--tasks", 2)) as process:
+        wait_until(lambda: list(out.glob("*/linprobe/metrics.jsonl")))
+        trials = processes("ray::run_trial", process.pid)
+        kill(process.pid)
+        process.wait()
+        wait_until(lambda: not any(map(psutil.pid_exists, trials)))
+    began = {path: path.read_text() for path in out.glob("*/*/run.json")}
+    assert "2 trials, 0 of them done" in (said := printed(*command, "--tasks", 1))
+    assert "normalised pixels: " in said
+    assert len(began) >= 2
+    for path, text in began.items():
+        assert (
+            json.loads(path.read_text())["run_id"] == json.loads(text)["run_id"]
+        )  # the runs that were there
+    rows = list(csv.DictReader((out / "results.csv").open()))
+    assert [row["trial"] for row in rows] == ["pixels", "normalised pixels"]
+    assert all(0 <= float(row["linprobe_top1"]) <= 100 for row in rows)
+    assert (out / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert "there is no study masks: known are augmentation" in refused("study", "masks", *command[2:])
+    assert "another study" in refused("study", "schedule", *command[2:])
+    assert "another study (pretrain.epochs 4.0 → 5.0)" in refused(*command, "pretrain.epochs=5")
+    assert "begin with pretrain, linprobe" in refused(*command, "epochs=5")
