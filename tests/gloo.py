@@ -7,7 +7,7 @@ from typing import Any
 
 import torch._dynamo  # noqa: F401  # see gloo_group
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import start_processes
 
 # What takes seconds to import is imported once, in a process that workers are forked from.
 multiprocessing.set_forkserver_preload(["torch._dynamo", "trainer.tasks"])
@@ -15,7 +15,7 @@ multiprocessing.set_forkserver_preload(["torch._dynamo", "trainer.tasks"])
 
 def run_workers(worker: Callable[..., None], world_size: int, *arguments: Any) -> None:
     """`worker(rank, world_size, *arguments)` in a process for each rank; an exception of one is raised here."""
-    mp.start_processes(worker, (world_size, *arguments), nprocs=world_size, start_method="forkserver")  # type: ignore[attr-defined]
+    start_processes(worker, (world_size, *arguments), nprocs=world_size, start_method="forkserver")
 
 
 @contextmanager
