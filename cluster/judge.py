@@ -58,7 +58,7 @@ def _size(text: str | None) -> tuple[int, int] | None:
 def _about(run: str, step: int | None, crop: float | None, **how: Any) -> Part:
     """What all parts have in common."""
     from trainer.checkpoint import chosen_step
-    from trainer.config import FinetuneConfig, LinprobeConfig
+    from trainer.config import FinetuneConfig, LabelledRunConfig
     from trainer.recipe import with_overrides
     from trainer.run import read_config
 
@@ -68,7 +68,7 @@ def _about(run: str, step: int | None, crop: float | None, **how: Any) -> Part:
         raise UserError("--pool: the features of a fine-tuned encoder are what its head reads")
     if size := how.get("size"):  # before anything is written
         with_overrides(config, (f"model.image_size={list(size)}",), "--image-size")
-    trained = config.data.val_crop if isinstance(config, FinetuneConfig | LinprobeConfig) else CENTRE
+    trained = config.data.val_crop if isinstance(config, LabelledRunConfig) else CENTRE
     return Part(store.url, chosen_step(store, step), data="", first=0, last=0, crop=crop or trained, **how)
 
 

@@ -32,7 +32,7 @@ from pipeline.errors import UserError
 from pipeline.manifest import Dataset, open_dataset
 from pipeline.storage import open_store
 from trainer.checkpoint import newest_commit
-from trainer.config import FinetuneConfig, LinprobeConfig, PretrainConfig, RunConfig, WorkersConfig
+from trainer.config import LabelledRunConfig, PretrainConfig, RunConfig, WorkersConfig
 from trainer.evaluate import check_classes
 from trainer.events import Events
 from trainer.initial import fix_init
@@ -92,7 +92,7 @@ def train(config: RunConfig, data: str, out: str, console: Console, ledger: bool
 
 def _open(out: str, config: RunConfig, dataset: Dataset) -> tuple[RunConfig, Run]:
     config, run = open_run(out, config, dataset)
-    if isinstance(config, FinetuneConfig | LinprobeConfig):
+    if isinstance(config, LabelledRunConfig):
         check_classes(dataset, open_dataset(config.data.val) if config.data.val else None)
     if isinstance(config, PretrainConfig) and config.knn:
         check_classes(dataset, open_dataset(config.knn.val))

@@ -303,11 +303,18 @@ class InitConfig(_Config):
     step: Count | None = None
 
 
-class FinetuneConfig(RunConfig):
+class LabelledRunConfig(RunConfig):
+    """What runs have that train on labels, and begin with an encoder."""
+
+    init: InitConfig | Literal["scratch"]  # scratch: random weights
+    data: LabelledDataConfig = LabelledDataConfig()
+    evaluate_every: Positive  # epochs
+
+
+class FinetuneConfig(LabelledRunConfig):
     """A run that trains an encoder and a head to name classes. Defaults are ViT-B's (the authors' FINETUNE.md)."""
 
     task: Literal["finetune"] = "finetune"
-    init: InitConfig | Literal["scratch"]
     blocks: Annotated[float, Field(ge=0)] | Literal["all"] = (
         "all"  # so many last ones are trained (paper, Fig. 9)
     )
@@ -316,8 +323,7 @@ class FinetuneConfig(RunConfig):
     model: ClassifierConfig = ClassifierConfig()
     optim: FinetuneOptimConfig = FinetuneOptimConfig()
     mixing: MixingConfig = MixingConfig()
-    data: LabelledDataConfig = LabelledDataConfig()
-    evaluate_every: Positive = 1.0  # epochs
+    evaluate_every: Positive = 1.0
 
     @model_validator(mode="after")
     def _fits(self) -> "FinetuneConfig":
@@ -339,14 +345,12 @@ class FinetuneConfig(RunConfig):
         return self
 
 
-class LinprobeConfig(RunConfig):
+class LinprobeConfig(LabelledRunConfig):
     """A run that trains a linear classifier on what a frozen encoder says. Defaults are ViT-B's (paper, Table 10)."""
 
     task: Literal["linprobe"] = "linprobe"
-    init: InitConfig | Literal["scratch"]  # scratch: a random encoder, to compare with
     global_batch: Count = 16384
     epochs: Positive = 90
     model: EncoderConfig = EncoderConfig()
     optim: LarsConfig = LarsConfig()
-    data: LabelledDataConfig = LabelledDataConfig()
-    evaluate_every: Positive = 10.0  # epochs
+    evaluate_every: Positive = 10.0

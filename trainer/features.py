@@ -16,7 +16,7 @@ from pipeline.storage import Store, explained, open_shared, open_store
 from trainer.checkpoint import read_state, read_weights
 from trainer.classifier import Classifier, Encoder
 from trainer.config import FinetuneConfig, InitConfig, LinprobeConfig, RunConfig
-from trainer.device import autocast, best_device
+from trainer.device import best_device, in_precision
 from trainer.evaluate import centred_batches, tally
 from trainer.finetune import EMA
 from trainer.initial import interpolated, load_encoder
@@ -86,12 +86,8 @@ def _describing(run: str, step: int, pool: Pool, size: Size | None) -> Model:
 
 def _on_device(says: Callable[[torch.Tensor], torch.Tensor], config: RunConfig, size: Size) -> Model:
     device = best_device()
-
-    def in_its_precision(images: torch.Tensor) -> torch.Tensor:
-        with autocast(config, device):
-            return says(images)
-
-    return Model(in_its_precision, make_decoder("auto", size, torch.get_num_threads(), device), device)
+    decoder = make_decoder("auto", size, torch.get_num_threads(), device)
+    return Model(in_precision(says, config, device), decoder, device)
 
 
 def answers_of(part: Part) -> list[float]:

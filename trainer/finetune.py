@@ -14,7 +14,7 @@ from pipeline.manifest import Dataset, open_dataset
 from pipeline.order import Ints
 from trainer.classifier import Classifier
 from trainer.config import FinetuneConfig, InitConfig
-from trainer.device import autocast, dtype_of
+from trainer.device import dtype_of, in_precision
 from trainer.evaluate import check_classes, check_labels, evaluate
 from trainer.initial import freeze, load_encoder
 from trainer.loop import Task, train, train_step, wrapped
@@ -51,11 +51,7 @@ def finetune(config: FinetuneConfig, dataset: Dataset, run: Run) -> bool:
 
     def judge(decoder: Decoder) -> dict[str, float]:
         assert val is not None
-
-        def logits(images: torch.Tensor) -> torch.Tensor:
-            with autocast(config, run.device):
-                return model(images)
-
+        logits = in_precision(model, config, run.device)
         with averaged(model, optimizer):
             return evaluate(logits, val, decoder, config.data.val_crop, config.micro_batch, run)
 

@@ -9,7 +9,7 @@ from torch import nn
 from pipeline.errors import UserError
 from pipeline.storage import open_store
 from trainer.checkpoint import chosen_step, read_weights
-from trainer.config import FinetuneConfig, InitConfig, LinprobeConfig, RunConfig
+from trainer.config import InitConfig, LabelledRunConfig, RunConfig
 from trainer.run import read_config
 from trainer.vit import ViT
 
@@ -19,7 +19,7 @@ C = TypeVar("C", bound=RunConfig)
 
 def fix_init(config: C) -> C:
     """The config with folder and step of its `init` filled in. UserError where there is no such commit."""
-    if not isinstance(config, FinetuneConfig | LinprobeConfig) or not isinstance(config.init, InitConfig):
+    if not isinstance(config, LabelledRunConfig) or not isinstance(config.init, InitConfig):
         return config
     store = open_store(config.init.run)
     read_config(store)  # it is a run

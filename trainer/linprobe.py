@@ -12,7 +12,7 @@ from pipeline.loader import TrainBatch
 from pipeline.manifest import Dataset, open_dataset
 from trainer.classifier import Encoder
 from trainer.config import InitConfig, LinprobeConfig
-from trainer.device import autocast, dtype_of
+from trainer.device import autocast, dtype_of, in_precision
 from trainer.evaluate import check_classes, check_labels, evaluate
 from trainer.initial import load_encoder
 from trainer.loop import Task, micro_batches, part_of, train, wrapped
@@ -63,11 +63,7 @@ def linprobe(config: LinprobeConfig, dataset: Dataset, run: Run) -> bool:
 
     def judge(decoder: Decoder) -> dict[str, float]:
         assert val is not None
-
-        def logits(images: torch.Tensor) -> torch.Tensor:
-            with autocast(config, run.device):
-                return model(images)
-
+        logits = in_precision(model, config, run.device)
         return evaluate(logits, val, decoder, config.data.val_crop, config.micro_batch, run)
 
     task = Task(

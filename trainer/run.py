@@ -27,7 +27,7 @@ from pipeline.errors import UserError
 from pipeline.manifest import Dataset
 from pipeline.order import Order, default_block, default_lanes
 from pipeline.storage import TEMPORARY, Store, open_store
-from trainer.config import InitConfig, PretrainConfig, RunConfig
+from trainer.config import InitConfig, LabelledRunConfig, RunConfig
 from trainer.recipe import KINDS, C, differences, dump_config, parse_config
 from trainer.vote import Wish
 
@@ -144,7 +144,7 @@ def found_run(config: RunConfig, run: Run, dataset: Dataset) -> None:
     """Write what `open_run` found into a new run's folder: from now on it is this run's."""
     if run.attempt == 1:
         run.store.write(CONFIG, dump_config(config).encode())
-        if not isinstance(config, PretrainConfig):
+        if isinstance(config, LabelledRunConfig):
             run.store.write(CLASSES, (json.dumps(dataset.manifest.classes) + "\n").encode())
         _write_run(run, dataset.fingerprint, [])
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config import FinetuneConfig, LinprobeConfig, PretrainConfig
+from trainer.config import EncoderConfig, FinetuneConfig, LinprobeConfig, PretrainConfig
 from trainer.recipe import load_config, with_overrides
 from trainer.study import STUDIES as STUDY_FILES
 from trainer.study import jobs_of, load_study
@@ -26,6 +26,10 @@ TABLE_9 = {"base": (100, 0.1), "large": (50, 0.1), "huge": (50, 0.2)}
 TABLE_11 = {"base": (300, 0.1), "large": (200, 0.2), "huge": (200, 0.2)}
 
 
+def shape(model: EncoderConfig) -> tuple[int, int, int, int]:
+    return model.width, model.depth, model.heads, model.patch_size
+
+
 @pytest.mark.parametrize("size", SHAPES)
 def test_pretraining_is_table_8(size: str) -> None:
     config = load_config(PretrainConfig, RECIPES / f"pretrain_vit_{size}.yaml")
@@ -36,8 +40,8 @@ def test_pretraining_is_table_8(size: str) -> None:
     assert (config.data.crops, config.data.flips, config.jitter) == ("random", True, 0)
     assert (config.model.mask_ratio, config.model.norm_pix) == (0.75, True)  # Table 1; Table 3
     assert (config.model.sampling, config.model.masked) == ("random", "nothing")
+    assert shape(config.model) == SHAPES[size]
     model = config.model
-    assert (model.width, model.depth, model.heads, model.patch_size) == SHAPES[size]
     assert (model.decoder_width, model.decoder_depth, model.decoder_heads) == (512, 8, 16)
 
 
@@ -53,8 +57,7 @@ def test_fine_tuning_is_the_authors_document(size: str) -> None:
     assert (mixing.mixup, mixing.cutmix, mixing.smoothing) == (0.8, 1.0, 0.1)
     assert (config.model.pool, config.blocks) == ("mean", "all")
     assert config.data.crop_area == (0.08, 1.0)
-    model = config.model
-    assert (model.width, model.depth, model.heads, model.patch_size) == SHAPES[size]
+    assert shape(config.model) == SHAPES[size]
 
 
 @pytest.mark.parametrize("size", SHAPES)
@@ -68,8 +71,7 @@ def test_fine_tuning_is_table_9(size: str) -> None:
     assert (mixing.mixup, mixing.cutmix, mixing.smoothing, mixing.erase) == (0.8, 1.0, 0.1, 0)
     assert config.model.pool == "class"  # appendix A.1
     assert config.data.crop_area == (0.08, 1.0)
-    model = config.model
-    assert (model.width, model.depth, model.heads, model.patch_size) == SHAPES[size]
+    assert shape(config.model) == SHAPES[size]
 
 
 @pytest.mark.parametrize("size", SHAPES)
@@ -81,8 +83,7 @@ def test_linear_probing_is_table_10(size: str) -> None:
     assert (config.global_batch, optim.warmup_epochs) == (16384, 10)
     assert config.epochs == (90 if size == "base" else 50)
     assert (config.data.crops, config.data.crop_area, config.data.flips) == ("random", (0.08, 1.0), True)
-    model = config.model
-    assert (model.width, model.depth, model.heads, model.patch_size) == SHAPES[size]
+    assert shape(config.model) == SHAPES[size]
 
 
 @pytest.mark.parametrize("size", SHAPES)
@@ -95,8 +96,7 @@ def test_training_from_scratch_is_table_11(size: str) -> None:
     assert (config.global_batch, optim.warmup_epochs, optim.ema, optim.layer_decay) == (4096, 20, 0.9999, 1)
     assert (mixing.magnitude, mixing.magnitude_std) == (9, 0.5)
     assert (mixing.mixup, mixing.cutmix, mixing.smoothing, mixing.erase) == (0.8, 1.0, 0.1, 0)
-    model = config.model
-    assert (model.width, model.depth, model.heads, model.patch_size) == SHAPES[size]
+    assert shape(config.model) == SHAPES[size]
 
 
 # Paper: name of the study → of each of its trials, what is changed, and top-1 of a ViT-L on ImageNet after fine-tuning and
