@@ -1,17 +1,12 @@
-"""Datasets and batches for benchmarks, and the order in which a run of the recipes would read them."""
+"""Datasets for benchmarks, and the order in which a run of the recipes would read them."""
 
 import shutil
 from pathlib import Path
 
-import torch
-
 from pipeline.cache import CHUNK_BYTES
 from pipeline.items import rows_of
-from pipeline.loader import TrainBatch
 from pipeline.manifest import Dataset, open_dataset
 from pipeline.order import Order, default_block, default_lanes
-from pipeline.spent import Spent
-from trainer.config import PretrainConfig
 
 SHARD_BYTES = 100 << 20
 
@@ -48,11 +43,3 @@ def build_repeated(images: str | None, samples: int, folder: Path) -> Dataset:
     build(str(repeated), open_store(str(folder / "shards")), Options(shard_bytes=SHARD_BYTES))
     shutil.rmtree(repeated)
     return open_dataset(str(folder / "shards"))
-
-
-def resident_batch(config: PretrainConfig, device: torch.device) -> TrainBatch:
-    """A batch that is on the device already."""
-    n = config.global_batch
-    images = torch.randint(256, (n, 3, *config.model.size), dtype=torch.uint8, device=device)
-    ids = torch.arange(n)
-    return TrainBatch(images, ids, ids, torch.ones(n), {}, step=0, epoch=0, wait_s=0.0, spent=Spent())

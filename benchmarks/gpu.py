@@ -37,7 +37,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.datasets import build_repeated, make_order, resident_batch
+from benchmarks.datasets import build_repeated, make_order
 from benchmarks.report import RESULTS, cpu_model
 from pipeline.augment import random_flips, random_resized_crops
 from pipeline.cores import available_cores
@@ -47,13 +47,9 @@ from pipeline.decode.cpu import CpuDecoder
 from pipeline.loader import DECODING, Loader, TrainBatch
 from pipeline.manifest import Dataset, open_dataset
 from pipeline.reader import Samples, read_samples
-from pipeline.storage import open_store
+from trainer.bench import make_bench, resident_batch
 from trainer.config import PretrainConfig
-from trainer.mae import MAE
-from trainer.optim import adamw
-from trainer.pretrain import pretrain_step
 from trainer.recipe import load_config
-from trainer.run import Run
 
 WARM_UP = 8  # steps before the clock starts: pipelines and buffers are made in them
 IN_MEMORY = 2048  # samples, for the executor alone
@@ -121,15 +117,6 @@ def executor_rate(decoder: Decoder, samples: Samples, size: int, batch: int, sec
         return done * batch / (time.perf_counter() - begin)
 
 
-def trainer_of(config: PretrainConfig, device: torch.device) -> Callable[[TrainBatch], torch.Tensor]:
-    """A step of the recipe's training."""
-    torch.manual_seed(0)
-    model = MAE(config.model).to(device)
-    optimizer = adamw(model, config.optim)
-    run = Run(open_store("runs"), "benchmark", 1, device=device)
-    return lambda batch: pretrain_step(model, optimizer, batch, config, run)
-
-
 # ---- what is measured -----------------------------------------------------------------------------------------
 
 
@@ -175,7 +162,7 @@ def measure(dataset: Dataset, config: PretrainConfig, device: torch.device, seco
         with closing(loader), closing(loader.steps(0, 1 << 40)) as steps:
             yield from steps
 
-    step = trainer_of(config, device)
+    step = make_bench(config, device).step
     found["step"] = batch * clock(itertools.repeat(resident_batch(config, device)), step, seconds, device)[0]
     cpu, *dali = found["executors"]
     for executor in [cpu, *sorted(dali, key=lambda e: -e["alone"])[:FASTEST]]:

@@ -23,10 +23,10 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.datasets import resident_batch
 from benchmarks.report import RESULTS, cpu_model
 from pipeline.cores import available_cores
 from pipeline.storage import open_store
+from trainer.bench import resident_batch
 from trainer.config import PretrainConfig
 from trainer.mae import MAE
 from trainer.optim import adamw

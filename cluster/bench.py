@@ -16,7 +16,7 @@ from cluster.terminal import console, progress_bar, write_file
 WARNINGS = 5  # that are shown
 BOUNDS = {
     "storage": "storage bounds: {busy:.0%} of the time is a wait for bytes. Keep a part of them on this machine's "
-    "disk (--cache), or bring them nearer",
+    "disk (--cache, or data.cache in training), or bring them nearer",
     "reading": "reading bounds: its one thread is busy {busy:.0%} of the time. More workers on the machine would help",
     "decoding": "decoding bounds: its threads are busy {busy:.0%} of the time. More cores would help",
     None: "nothing is busy all the time, decoding {busy:.0%} of it: stages wait for each other. A larger global "

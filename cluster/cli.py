@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from cluster import bench_step
 from cluster.bench import bench
 from cluster.judge import evaluate, features, knn
 from cluster.shards import shards
@@ -42,6 +43,8 @@ def main() -> None:
         sys.exit(130)
 
 
+bench.add_command(bench_step.step)
+bench.add_command(bench_step.end_to_end)
 cli.add_command(bench)
 cli.add_command(shards)
 

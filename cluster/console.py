@@ -90,10 +90,15 @@ class MailboxHandler(logging.Handler):
 
 def summary(row: dict[str, Any]) -> str:
     """One line, what matters most first: a narrow terminal cuts its end off."""
-    wait = min(row["data_wait_s"] / max(row["step_s"], 1e-9), 1)
+    # The step is what the time should go into; what else takes at least half a per cent of it is told.
+    parts = [
+        f"{name.replace('_', ' ')} {share:.0%}"
+        for name, share in row["time"].items()
+        if name == "data_wait" or (name != "step" and share >= 0.005)
+    ]
     return (
         f"step {row['step'] + 1}/{row['total_steps']}  loss {row['loss']:.4f}  {row['img_per_s']:,.0f} img/s  "
-        f"data wait {wait:.0%}  workers {row['world_size']}  lr {row['lr']:.2e}  epoch {row['epoch']}"
+        f"{', '.join(parts)}  workers {row['world_size']}  lr {row['lr']:.2e}  epoch {row['epoch']}"
     )
 
 
@@ -106,6 +111,8 @@ def sentence(event: dict[str, Any]) -> str:
         return f"{event['cause']}: the workers save their work, and leave"
     if event["event"] == "waiting":
         return f"{event['cause']} workers: waiting for more"
+    if event["event"] == "micro_batch":
+        return f"micro_batch auto: {event['samples']} of a worker's {event['most']} samples at once"
     if event["event"] == "evaluated":
         if "knn_top1" in event:
             return f"step {event['knn_step']}: top-1 of nearest neighbours {event['knn_top1']:.2f} %"

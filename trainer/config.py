@@ -254,16 +254,24 @@ class RunConfig(_Config):
 
     task: str
     global_batch: Count
-    micro_batch: Count = 256  # samples a worker puts through at once; gradients are accumulated
+    # Samples a worker puts through at once; gradients are accumulated. auto: what is fastest, see trainer.micro_batch.
+    micro_batch: Count | Literal["auto"] = 256
     epochs: Positive
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     workers: WorkersConfig = WorkersConfig()
     precision: Literal["auto", "bf16", "float32", "float64"] = "auto"
+    compile: Literal["auto", "always", "never"] = "auto"  # auto: on a GPU
     log_every: Count = 20  # steps between two looks at the device
     model: EncoderConfig
     optim: OptimConfig
     data: DataConfig = DataConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @property
+    def at_once(self) -> int:
+        """The micro-batch, when it is known."""
+        assert isinstance(self.micro_batch, int)
+        return self.micro_batch
 
     @model_validator(mode="after")
     def _warms_up(self) -> "RunConfig":
@@ -337,7 +345,7 @@ class FinetuneConfig(LabelledRunConfig):
                 "mixup and cutmix take an image's partner from its lane, so that it is the same at any world size: "
                 f"global_batch {self.global_batch} needs fewer lanes (data.lanes), or mixing.mixup=0 mixing.cutmix=0"
             )
-        if self.mixing.mixes and self.micro_batch < per_lane:
+        if self.mixing.mixes and self.micro_batch != "auto" and self.micro_batch < per_lane:
             raise ValueError(
                 f"micro_batch {self.micro_batch} is less than what a step takes of a lane, {per_lane} samples, which "
                 "mixup and cutmix need together: raise it, or data.lanes"

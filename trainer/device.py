@@ -1,9 +1,12 @@
-"""Where a model runs, and in which precision."""
+"""Where a model runs, in which precision, and whether it is compiled."""
 
+import os
+import shutil
 from collections.abc import Callable
 
 import torch
 
+from pipeline.errors import UserError
 from trainer.config import RunConfig
 
 
@@ -32,3 +35,15 @@ def in_precision(
 def dtype_of(config: RunConfig) -> torch.dtype:
     """Of weights."""
     return torch.float64 if config.precision == "float64" else torch.float32
+
+
+def compiles(config: RunConfig, device: torch.device) -> bool:
+    """Whether what is trained is compiled (torch.compile). Its cache is on the node's own disk, TORCHINDUCTOR_CACHE_DIR, where
+    the next attempt finds it. UserError where it is asked for and there is no compiler."""
+    if device.type == "cuda":
+        return config.compile != "never"
+    if config.compile == "always" and not shutil.which(os.environ.get("CXX", "g++")):
+        raise UserError(
+            "compile=always needs a C++ compiler on a CPU, g++ or what CXX names: compile=auto does without"
+        )
+    return config.compile == "always"

@@ -18,6 +18,7 @@ from trainer.device import dtype_of, in_precision
 from trainer.evaluate import check_classes, check_labels, evaluate
 from trainer.initial import freeze, load_encoder
 from trainer.loop import Task, train, train_step, wrapped
+from trainer.micro_batch import with_micro_batch
 from trainer.mixing import erase, mix, mixing_plan, partners, smooth_targets
 from trainer.optim import layered_adamw
 from trainer.randaugment import randaugment
@@ -36,7 +37,10 @@ def finetune(config: FinetuneConfig, dataset: Dataset, run: Run) -> bool:
     if config.blocks != "all":
         freeze(model, config.model.depth, config.blocks)
     optimizer = layered_adamw(model, config.model.depth, config.optim, config.optim.layer_decay)
-    trained = wrapped(model, run)
+    assert config.data.lanes is not None
+    together = config.global_batch // config.data.lanes if config.mixing.mixes else 1
+    config = with_micro_batch(config, dataset, run, model, model, together)
+    trained = wrapped(model, config, run)
 
     def begin() -> None:
         if isinstance(config.init, InitConfig):
@@ -53,7 +57,7 @@ def finetune(config: FinetuneConfig, dataset: Dataset, run: Run) -> bool:
         assert val is not None
         logits = in_precision(model, config, run.device)
         with averaged(model, optimizer):
-            return evaluate(logits, val, decoder, config.data.val_crop, config.micro_batch, run)
+            return evaluate(logits, val, decoder, config.data.val_crop, config.at_once, run)
 
     task = Task(
         model,

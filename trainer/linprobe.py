@@ -16,6 +16,7 @@ from trainer.device import autocast, dtype_of, in_precision
 from trainer.evaluate import check_classes, check_labels, evaluate
 from trainer.initial import load_encoder
 from trainer.loop import Task, micro_batches, part_of, train, wrapped
+from trainer.micro_batch import with_micro_batch
 from trainer.optim import LARS
 from trainer.run import Run
 
@@ -55,7 +56,8 @@ def linprobe(config: LinprobeConfig, dataset: Dataset, run: Run) -> bool:
     torch.manual_seed(config.seed)  # the same weights on every rank
     model = Probe(config, classes).to(run.device, dtype_of(config))
     optimizer = LARS(model.linear.parameters(), config.optim)
-    linear = wrapped(model.linear, run)
+    config = with_micro_batch(config, dataset, run, model, model.features)
+    linear = wrapped(model.linear, config, run)
 
     def begin() -> None:
         if isinstance(config.init, InitConfig):
@@ -64,7 +66,7 @@ def linprobe(config: LinprobeConfig, dataset: Dataset, run: Run) -> bool:
     def judge(decoder: Decoder) -> dict[str, float]:
         assert val is not None
         logits = in_precision(model, config, run.device)
-        return evaluate(logits, val, decoder, config.data.val_crop, config.micro_batch, run)
+        return evaluate(logits, val, decoder, config.data.val_crop, config.at_once, run)
 
     task = Task(
         model,
@@ -90,9 +92,10 @@ def linprobe_step(
     statistics are those of the global batch, at any world size."""
     check_labels(batch.labels)
     found = []
-    for rows in micro_batches(batch, config.micro_batch):
+    for rows in micro_batches(batch, config.at_once):
         with autocast(config, run.device):
             images = part_of(batch, rows, run.device).images
+            run.laps.lap("host_to_device")
             found.append(model.features(images).to(model.linear.weight.dtype))
     weights = batch.weights.to(run.device, non_blocking=True)
     labels = batch.labels.to(run.device, non_blocking=True)
@@ -101,9 +104,11 @@ def linprobe_step(
     losses = F.cross_entropy(linear(features), labels, reduction="none")
     loss = (losses * weights).sum()
     (loss * (run.world_size / config.global_batch)).backward()
+    run.laps.lap("all_reduce" if run.world_size > 1 else "step")
     optimizer.step()  # before which a snapshot may still be reading what is changed here and next
     follow(model.norm, moments)
     optimizer.zero_grad(set_to_none=True)
+    run.laps.lap("step")
     return torch.stack([loss.detach().double(), (weights == 0).sum().double()])
 
 

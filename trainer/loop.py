@@ -7,14 +7,15 @@ is the sum over its samples times W / B, so that the mean over workers is the me
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.decode import Decoder, Size, make_decoder
@@ -31,7 +32,8 @@ from trainer.checkpoint import (
     newest_commit,
 )
 from trainer.config import RunConfig
-from trainer.device import autocast
+from trainer.device import autocast, compiles
+from trainer.laps import shares
 from trainer.metrics import Metrics
 from trainer.online_knn import OnlineKnn
 from trainer.optim import learning_rate
@@ -127,8 +129,10 @@ def train(task: Task, config: RunConfig, dataset: Dataset, run: Run) -> bool:
     pending: list[Pending] = []
     done, last = start, start == total_steps
     looked = committed_at = time.perf_counter()
+    run.laps.start(run.device)
     committed = 0
     for batch in loader.steps(start, total_steps):
+        run.laps.lap("data_wait")
         lr = learning_rate(batch.step, total_steps, order.steps_per_epoch, config.global_batch, config.optim)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("scale", 1.0)
@@ -160,6 +164,7 @@ def train(task: Task, config: RunConfig, dataset: Dataset, run: Run) -> bool:
         if any(bad):
             bad_samples.look()
         now = time.perf_counter()
+        run.laps.lap("other")
         rows = rows_of(pending, losses, bad, now - looked, config.global_batch, run)
         pending.clear()
         if judged and task.evaluate:
@@ -171,10 +176,12 @@ def train(task: Task, config: RunConfig, dataset: Dataset, run: Run) -> bool:
             if last:
                 rows[-1] |= tell(knn.found(wait=True), done, run)
         looked = time.perf_counter()
+        run.laps.start(run.device)
         unsaved += rows
         if metrics is not None:
             metrics.write(rows)
             run.on_metrics({**rows[-1], "total_steps": total_steps})
+            run.laps.lap("other")
             # ---- commit
             overdue = now - committed_at > config.checkpoint.every_minutes * 60 and not checkpointer.busy
             if due or last or overdue:
@@ -187,6 +194,7 @@ def train(task: Task, config: RunConfig, dataset: Dataset, run: Run) -> bool:
         if hot:
             snapshots.take(done, model, optimizer, unsaved, committed)
             unsaved = [row for row in unsaved if row["step"] >= snapshots.committed]
+        run.laps.lap("checkpoint")
 
     # ---- leave: at once, or at the end
     if not last:
@@ -250,32 +258,53 @@ def train_step(
 
     Returns float64[2] on the device: the weighted sum of this worker's losses, and how many of its samples are bad.
     """
-    parts = micro_batches(batch, config.micro_batch, together)
+    parts = micro_batches(batch, config.at_once, together)
     total = torch.zeros((), dtype=torch.float64, device=run.device)
     for rows in parts:
         part = part_of(batch, rows, run.device)
+        run.laps.lap("host_to_device")
         # Gradients are averaged over the workers once, with the last micro-batch.
-        early = rows is not parts[-1]
-        with trained.no_sync() if early and isinstance(trained, DistributedDataParallel) else nullcontext():
+        early = rows is not parts[-1] and run.world_size > 1
+        with without_sync(trained) if early else nullcontext():
             with autocast(config, run.device):
                 loss = (losses(part, rows) * part.weights).sum()
             (loss * (run.world_size / config.global_batch)).backward()
+        run.laps.lap("step" if early or run.world_size == 1 else "all_reduce")
         total += loss.detach()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    run.laps.lap("step")
     bad = (batch.weights == 0).sum().to(run.device, total.dtype, non_blocking=True)  # waits for nothing
     return torch.stack([total, bad])
 
 
-def wrapped(model: nn.Module, run: Run) -> nn.Module:
-    """What is called in training, so that gradients are averaged over the workers."""
-    return DistributedDataParallel(model, broadcast_buffers=False) if run.world_size > 1 else model
+def wrapped(model: nn.Module, config: RunConfig, run: Run) -> nn.Module:
+    """What is called in training, so that gradients are averaged over the workers, and compiled where that pays."""
+    trained = model
+    if run.world_size > 1:
+        trained = DistributedDataParallel(model, broadcast_buffers=False)
+        group = trained.process_group
+
+        def average(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+            run.laps.lap("step")  # this far all-reduces of the buckets before were hidden
+            return allreduce_hook(group, bucket)
+
+        trained.register_comm_hook(None, average)
+    # Shapes are static: a micro-batch, and what the last one of a batch has.
+    return cast(nn.Module, torch.compile(trained, dynamic=False)) if compiles(config, run.device) else trained
+
+
+def without_sync(trained: nn.Module) -> AbstractContextManager[None]:
+    """Gradients stay this worker's own, of what `wrapped` gave for several."""
+    return cast(DistributedDataParallel, trained).no_sync()
 
 
 def rows_of(
     pending: list[Pending], losses: list[float], bad: list[int], took_s: float, global_batch: int, run: Run
 ) -> list[dict[str, Any]]:
-    """Rows of metrics of pending steps, which took `took_s` seconds in all. Call it on every rank."""
+    """Rows of metrics of pending steps, which took `took_s` seconds in all, with the shares that the parts of a step (see
+    `trainer.laps`) have of them. Call it on every rank."""
+    spent = shares(run.laps.take())
     rows: list[dict[str, Any]] = [
         {
             "attempt": run.attempt,
@@ -287,6 +316,7 @@ def rows_of(
             "img_per_s": len(pending) * global_batch / took_s,
             "data_wait_s": seen.wait_s,
             "step_s": took_s / len(pending),
+            "time": spent,
             "bad_samples": bad_count,
             "world_size": run.world_size,
         }

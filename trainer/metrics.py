@@ -48,6 +48,8 @@ class Metrics:
         for row in rows:
             for name in SCALARS & row.keys():
                 self.tensorboard.add_scalar(name, row[name], row["step"])
+            for part, share in row["time"].items():
+                self.tensorboard.add_scalar(f"time/{part}", share, row["step"])
 
     def commit(self, step: int) -> None:
         """Make what was written durable. Call it before the checkpoint of `step`."""

@@ -85,10 +85,10 @@ class OnlineKnn:
     def _features(self, dataset: Dataset, ids: Ints) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the samples that can be read: what cannot counts as wrong."""
         found, labels = [], []
-        for i in range(0, len(ids), self.config.micro_batch):
+        for i in range(0, len(ids), self.config.at_once):
             if self.closing.is_set():
                 break
-            batch = centred_batch(dataset, self.decoder, ids[i : i + self.config.micro_batch])
+            batch = centred_batch(dataset, self.decoder, ids[i : i + self.config.at_once])
             check_labels(batch.labels)
             good = (batch.weights > 0).to(self.device)
             with autocast(self.config, self.device):

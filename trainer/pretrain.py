@@ -13,6 +13,7 @@ from trainer.device import dtype_of
 from trainer.loop import Task, train, train_step, wrapped
 from trainer.mae import MAE
 from trainer.masks import noise_of
+from trainer.micro_batch import with_micro_batch
 from trainer.online_knn import OnlineKnn
 from trainer.optim import adamw
 from trainer.randaugment import jitter
@@ -25,7 +26,13 @@ def pretrain(config: PretrainConfig, dataset: Dataset, run: Run) -> bool:
     torch.manual_seed(config.seed)  # the same weights on every rank
     model = MAE(config.model).to(run.device, dtype_of(config))
     optimizer = adamw(model, config.optim)
-    trained = wrapped(model, run)
+
+    def forward(images: torch.Tensor) -> torch.Tensor:
+        ids = torch.arange(len(images), device=run.device)
+        return model(images, noise_of(config.model, config.seed, 0, ids))
+
+    config = with_micro_batch(config, dataset, run, model, forward)
+    trained = wrapped(model, config, run)
 
     def picture(decoder: Decoder) -> Callable[[int], None]:
         sitters = evenly_spread(dataset, decoder, 12)  # the same samples in every picture

@@ -23,6 +23,7 @@ KINDS: dict[str, type[RunConfig]] = {
 FREE_ON_RESUME = (
     "workers",
     "micro_batch",
+    "compile",
     "log_every",
     "knn",
     "evaluate_every",

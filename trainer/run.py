@@ -28,6 +28,7 @@ from pipeline.manifest import Dataset
 from pipeline.order import Order, default_block, default_lanes
 from pipeline.storage import TEMPORARY, Store, open_store
 from trainer.config import InitConfig, LabelledRunConfig, RunConfig
+from trainer.laps import Laps
 from trainer.recipe import KINDS, C, differences, dump_config, parse_config
 from trainer.vote import Wish
 
@@ -51,6 +52,7 @@ class Run:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     owner: str = ""  # who has to own the folder, see trainer.lease; "": nobody need
     ledger: bool = False  # whether metrics name the samples of each step
+    laps: Laps = field(default_factory=Laps)  # where the time goes; of rank 0 in metrics
     wish: Callable[[], Wish] = lambda: Wish.GO_ON  # what this worker has been told
     # For the console; rank 0 only.
     on_metrics: Callable[[dict[str, Any]], None] = lambda row: None

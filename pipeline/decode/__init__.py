@@ -101,7 +101,7 @@ def make_decoder(name: DecoderName, size: int | Size, threads: int, device: torc
         log.warning("images are decoded on the CPU: %s", problem)
     from pipeline.decode.cpu import CpuDecoder
 
-    return CpuDecoder(size, threads)
+    return CpuDecoder(size, threads, pinned=on_gpu)
 
 
 def _problem_of(gpu: torch.device) -> str | None:

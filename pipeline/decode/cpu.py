@@ -24,17 +24,19 @@ except ImportError:
 
 
 class CpuDecoder:
-    """See `pipeline.decode.Decoder`."""
+    """See `pipeline.decode.Decoder`. `pinned`: images are in memory from which a GPU takes them by itself."""
 
-    def __init__(self, size: Size, threads: int) -> None:
+    def __init__(self, size: Size, threads: int, pinned: bool = False) -> None:
         self.size = size
+        self.pinned = pinned
         self.threads = threads
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
     def __call__(
         self, encoded: Sequence[Encoded], boxes: npt.NDArray[np.int64], flips: npt.NDArray[np.bool_]
     ) -> Decoded:
-        images = np.zeros((len(encoded), 3, *self.size), np.uint8)
+        made = torch.empty((len(encoded), 3, *self.size), dtype=torch.uint8, pin_memory=self.pinned)
+        images = made.numpy()
         bad: dict[int, str] = {}
         tasks = list(zip(encoded, boxes.tolist(), flips.tolist(), images, strict=True))
         places = iter(range(len(tasks)))
@@ -54,7 +56,7 @@ class CpuDecoder:
 
         working = [self.pool.submit(work) for _ in range(self.threads)]
         spent = sum((thread.result() for thread in working), Spent())
-        return Decoded(torch.from_numpy(images), bad, spent)
+        return Decoded(made, bad, spent)
 
     def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)

@@ -228,6 +228,8 @@ def test_interrupting_a_bench_leaves_nothing_behind(scenes: Dataset) -> None:
         "study",
         "reconstruct",
         "bench loader",
+        "bench step",
+        "bench end-to-end",
     ],
 )
 def test_every_command_of_the_readme_exists(command: str) -> None:
