@@ -82,4 +82,4 @@ bench-storage: setup s3
 lock: setup
 	$(BIN)/pip-compile -q --extra dev --strip-extras --allow-unsafe --no-emit-index-url --no-emit-find-links \
 	    --no-emit-options --annotation-style=line -o requirements.lock pyproject.toml
-	sed -i -e 's/^\(torch==[0-9.]*\)+cpu/\1/' -e '/^nvidia-[^;]*$$/s/  *#/ ; $(DALI_HOST)  #/' requirements.lock
+	sed -i -e '/^pillow==/d' -e 's/^\(torch==[0-9.]*\)+cpu/\1/' -e '/^nvidia-[^;]*$$/s/  *#/ ; $(DALI_HOST)  #/' requirements.lock

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from cluster.bench import BOUNDS
@@ -135,7 +136,8 @@ def show_steps(result: dict[str, Any]) -> None:
                 f"{row['faster_by_flops']:.2f}",
                 f"{row['paper']}" if row["paper"] else "",
             )
-        console.print(table, width=max(console.width, 120), crop=False)
+        # Whole, also where there is no terminal: that is taken for 80 columns.
+        Console(file=console.file, width=max(console.width, 120), markup=False).print(table)
 
 
 @click.command("end-to-end")

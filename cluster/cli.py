@@ -2,16 +2,20 @@
 
 import json
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import click
 
 from cluster import bench_step
 from cluster.bench import bench
+from cluster.deploy import manifests
+from cluster.doctor import doctor
 from cluster.judge import evaluate, features, knn
+from cluster.options import keys_of, trains
+from cluster.report import report
 from cluster.shards import shards
 from cluster.study import study
+from cluster.submit import submit
 from cluster.terminal import console, write_file
 from pipeline.errors import UserError
 from pipeline.manifest import open_dataset
@@ -101,27 +105,6 @@ def _steps(text: str | None, steps_per_epoch: int) -> range:
     return range(int(first), int(last))
 
 
-def trains(command: Callable[..., None]) -> Callable[..., None]:
-    """The options of what trains."""
-    for option in reversed(
-        (
-            click.option(
-                "--config",
-                "recipe",
-                required=True,
-                type=click.Path(dir_okay=False),
-                help="A recipe, recipes/*.yaml.",
-            ),
-            click.option("--data", required=True, help="The dataset."),
-            click.option("--out", required=True, help="The run folder; the same command again resumes."),
-            click.option("--ledger", is_flag=True, help="Metrics name the samples of each step."),
-            click.argument("overrides", nargs=-1, metavar="[key=value]..."),
-        )
-    ):
-        command = option(command)
-    return command
-
-
 def _train(
     task: str,
     recipe: str,
@@ -153,7 +136,7 @@ def pretrain(**how: Any) -> None:
 @click.option("--val", help="A dataset with the same classes, to be evaluated on.")
 def finetune(init: str | None, val: str | None, **how: Any) -> None:
     """Train an encoder and a head to name classes: all blocks, the last ones (blocks=2), or from scratch."""
-    _train("finetune", **how, keys=_keys(init, val))
+    _train("finetune", **how, keys=keys_of(init, val))
 
 
 @cli.command()
@@ -162,19 +145,11 @@ def finetune(init: str | None, val: str | None, **how: Any) -> None:
 @click.option("--val", help="A dataset with the same classes, to be evaluated on.")
 def linprobe(init: str | None, val: str | None, **how: Any) -> None:
     """Train a linear classifier on what a frozen encoder says."""
-    _train("linprobe", **how, keys=_keys(init, val))
+    _train("linprobe", **how, keys=keys_of(init, val))
 
 
-def _keys(init: str | None, val: str | None) -> dict[str, Any]:
-    """Options that are keys of the config."""
-    keys: dict[str, Any] = {"data": {"val": val}} if val else {}
-    if init:
-        keys["init"] = "scratch" if init == "scratch" else {"run": init}
-    return keys
-
-
-for judging in (evaluate, knn, features, study):
-    cli.add_command(judging)
+for command in (doctor, evaluate, features, knn, manifests, report, study, submit):
+    cli.add_command(command)
 
 
 @cli.command()

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from cluster.gauges import Gauges
 from pipeline.errors import UserError
 
 POLL_S = 0.5
@@ -22,7 +23,8 @@ class Mailbox:
     """A Ray actor where workers and Ray's controller leave word for the driver: the newest metrics, warnings,
     and events."""
 
-    def __init__(self) -> None:
+    def __init__(self, run_id: str) -> None:
+        self.gauges = Gauges(run_id)
         self.row: dict[str, Any] | None = None
         self.warnings: list[str] = []
         self.events: list[dict[str, Any]] = []
@@ -33,6 +35,7 @@ class Mailbox:
 
     def put(self, row: dict[str, Any]) -> None:
         self.row = row
+        self.gauges.see_row(row)
 
     def warn(self, text: str) -> None:
         self.warnings.append(text)
@@ -53,6 +56,7 @@ class Mailbox:
                 self.attempt["redone"] = max(self.reached - self.began, 0)
                 self.attempt["gap_s"] = round(now - self.reached_at, 1)
             self.tell(self.attempt)
+            self.gauges.see_attempt(self.attempt)
             self.attempt = None
         self.reached, self.reached_at = steps, now
 

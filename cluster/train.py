@@ -139,7 +139,7 @@ def _start_ray(workers: WorkersConfig, console: Console) -> None:
 def _fit(config: RunConfig, data: str, run: Run, lease: Lease, console: Console) -> None:
     gpus = ray.cluster_resources().get("GPU", 0) > 0
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    mailbox = ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()
+    mailbox = ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote(run.run_id[:8])
     workers = config.workers
     trainer = ElasticTrainer(
         _worker,

@@ -44,6 +44,7 @@ from pipeline.augment import (
 from pipeline.cache import CHUNK_BYTES, open_kept_part
 from pipeline.decode import Decoder
 from pipeline.errors import UserError
+from pipeline.fetcher import Fetcher
 from pipeline.manifest import Dataset
 from pipeline.order import Ints, Order
 from pipeline.reader import Reader, Samples, read_samples
@@ -108,6 +109,7 @@ class Loader:
         self.cache = cache
         # Two blocks of each lane (DESIGN.md, Order).
         lanes = len(order.lanes_of(rank, world_size))
+        self.fetcher: Fetcher | None = None  # of the newest `steps`
         self.bound_bytes = 2 * lanes * (int(order.block * dataset.mean_sample_bytes) + CHUNK_BYTES)
 
     def batch(self, step: int) -> Batch:
@@ -145,9 +147,17 @@ class Loader:
                 raise UserError(
                     f"data.cache={folder} cannot be used ({error.strerror}): choose another folder"
                 ) from None
-        return Reader(
+        reader = Reader(
             self.dataset, self.order, self.rank, self.world_size, start, stop, self.bound_bytes, kept
         )
+        self.fetcher = reader.fetcher
+        return reader
+
+    def cache_hit_rate(self) -> float:
+        """What share of the bytes that `steps` has read so far came from the kept part."""
+        fetcher = self.fetcher
+        total = fetcher.kept_bytes + fetcher.storage_bytes if fetcher else 0
+        return fetcher.kept_bytes / total if fetcher and total else 0.0
 
     def _decode(self, step: int, samples: Samples) -> Batch:
         epoch = step // self.order.steps_per_epoch

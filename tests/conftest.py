@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from pipeline.manifest import Dataset, open_dataset
@@ -17,6 +18,9 @@ from pipeline.storage import open_store
 
 # Models here are so small that threads which wait for each other take ten times as long, where other processes run.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# How long an example takes is the machine's affair.
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
 ROOT = Path(__file__).parents[1]
 IMAGENET_SAMPLE = ROOT.parent / "shared/data/imagenet_sample"
 

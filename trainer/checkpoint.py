@@ -9,6 +9,7 @@ COMMITTED              written last: a checkpoint is committed when it is there
 import json
 import re
 import threading
+import time
 from typing import Any
 
 import torch
@@ -101,6 +102,7 @@ class Checkpointer:
         self.fingerprint = fingerprint
         self.thread: threading.Thread | None = None
         self.failure: BaseException | None = None
+        self.committed: tuple[int, float] | None = None  # its newest: step, and when (seconds since 1970)
 
     @property
     def busy(self) -> bool:
@@ -140,6 +142,7 @@ class Checkpointer:
             store.write(f"{folder}/state.json", json.dumps(state, indent=2).encode())
             check_newest(self.run)
             store.write(f"{folder}/{MARKER}", b"")
+            self.committed = step, time.time()
             self._prune()
         except BaseException as error:  # it belongs to the training thread
             self.failure = error

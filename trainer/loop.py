@@ -166,6 +166,7 @@ def train(task: Task, config: RunConfig, dataset: Dataset, run: Run) -> bool:
         now = time.perf_counter()
         run.laps.lap("other")
         rows = rows_of(pending, losses, bad, now - looked, config.global_batch, run)
+        rows[-1]["cache_hit_rate"] = loader.cache_hit_rate()
         pending.clear()
         if judged and task.evaluate:
             rows[-1] |= tell(task.evaluate(decoder), done, run)
@@ -180,7 +181,8 @@ def train(task: Task, config: RunConfig, dataset: Dataset, run: Run) -> bool:
         unsaved += rows
         if metrics is not None:
             metrics.write(rows)
-            run.on_metrics({**rows[-1], "total_steps": total_steps})
+            told = {"known_bad": len(bad_samples.known), "committed": checkpointer.committed}
+            run.on_metrics({**rows[-1], **told, "total_steps": total_steps})
             run.laps.lap("other")
             # ---- commit
             overdue = now - committed_at > config.checkpoint.every_minutes * 60 and not checkpointer.busy

@@ -5,8 +5,10 @@ what has come since the last into an immutable part, RUN/metrics/<attempt>-<step
 likewise. `read_metrics` reads either.
 """
 
+import io
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from trainer.run import Run, in_history, read_starts
 METRICS = "metrics.jsonl"
 SCALARS = {
     *("loss", "lr", "img_per_s", "data_wait_s", "step_s", "bad_samples"),
-    *("val_top1", "val_top5", "val_loss", "knn_top1"),
+    *("val_top1", "val_top5", "val_loss", "knn_top1", "cache_hit_rate"),
 }
 
 
@@ -72,17 +74,21 @@ class Metrics:
             self.spool.cleanup()
 
 
-def read_metrics(store: Store) -> list[dict[str, Any]]:
-    """A row for each step of the history, in order."""
+def history(store: Store) -> Iterator[dict[str, Any]]:
+    """Rows of steps of the history, as they were written: of a step that is there twice the last one counts."""
     names = [METRICS] if store.exists(METRICS) else store.names("metrics")  # none yet, if neither
     starts = read_starts(store)
-    rows: dict[int, dict[str, Any]] = {}
     for name in names:
-        for line in store.read(name).decode().splitlines():
+        for line in io.BytesIO(store.read(name)):
             try:
                 row = json.loads(line)
             except ValueError:  # a line that a kill cut short
                 continue
             if in_history(starts, row["attempt"], row["step"]):
-                rows[row["step"]] = row
+                yield row
+
+
+def read_metrics(store: Store) -> list[dict[str, Any]]:
+    """A row for each step of the history, in order."""
+    rows = {row["step"]: row for row in history(store)}
     return [rows[step] for step in sorted(rows)]

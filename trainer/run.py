@@ -1,7 +1,7 @@
 """A run and its folder: who it is, what was fixed when it first started, and this worker's place in it.
 
 RUN/config.yaml          the config, with B, V, K as fixed
-RUN/run.json             run id, dataset fingerprint, and at which step each attempt began
+RUN/run.json             run id, dataset fingerprint, at which step each attempt began, and versions of what computed
 RUN/failed.json          what stopped the newest attempt, if that is for a person to mend
 RUN/lease.json           whose the run is, see trainer.lease
 RUN/events.jsonl         what became of its workers, see trainer.events
@@ -13,9 +13,11 @@ RUN/tensorboard/  RUN/pictures/  RUN/evaluations/
 """
 
 import json
+import platform
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -37,6 +39,7 @@ RUN = "run.json"
 FAILED = "failed.json"
 LEASE = "lease.json"
 CLASSES = "classes.json"
+PACKAGES = ("maestream", "torch", "ray", "nvidia-dali-cuda120")  # whose versions are told
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,16 @@ class Run:
     on_begin: Callable[[int, int, int], None] = lambda attempt, step, world_size: None
     on_step: Callable[[int], None] = lambda steps_done: None
     on_event: Callable[[dict[str, Any]], None] = lambda event: None
+
+
+@dataclass(frozen=True)
+class Known:
+    """What run.json says."""
+
+    run_id: str
+    fingerprint: str
+    starts: list[int]  # the step at which each attempt began, the first attempt's first
+    versions: dict[int, dict[str, str]] = field(default_factory=dict)  # by the first attempt that had these
 
 
 def fix_order(config: C, dataset: Dataset) -> C:
@@ -90,12 +103,12 @@ def open_run(url: str, config: C, dataset: Dataset) -> tuple[C, Run]:
     """
     store = open_store(url)
     try:
-        run_id, fingerprint, starts = _read_run(store)
+        known = read_known(store)
     except FileNotFoundError:
         return _new_run(store, config, dataset)
-    if fingerprint != dataset.fingerprint:
+    if known.fingerprint != dataset.fingerprint:
         raise UserError(
-            f"{store.url} was started with another dataset (fingerprint {fingerprint[:12]}, "
+            f"{store.url} was started with another dataset (fingerprint {known.fingerprint[:12]}, "
             f"{dataset.store.url} has {dataset.fingerprint[:12]}): give that one, or another --out"
         )
     before = read_config(store)
@@ -108,7 +121,7 @@ def open_run(url: str, config: C, dataset: Dataset) -> tuple[C, Run]:
             "these are fixed for a run, so give the old values, or another --out"
         )
     make_order(fixed, dataset).lanes_of(0, fixed.workers.max)
-    return fixed, Run(store, run_id, len(starts) + 1)
+    return fixed, Run(store, known.run_id, len(known.starts) + 1)
 
 
 def _filled_in(config: C, before: RunConfig) -> C:
@@ -128,18 +141,30 @@ def _new_run(store: Store, config: C, dataset: Dataset) -> tuple[C, Run]:
     return fix_order(config, dataset), Run(store, uuid.uuid4().hex, attempt=1)
 
 
-def _read_run(store: Store) -> tuple[str, str, list[int]]:
-    """Run id, dataset fingerprint, and the step at which each attempt began. FileNotFoundError if it is no run."""
+def read_known(store: Store) -> Known:
+    """What run.json says. FileNotFoundError if it is no run."""
     try:
         known = json.loads(store.read(RUN))
-        return str(known["run_id"]), str(known["fingerprint"]), [int(start) for start in known["starts"]]
-    except (ValueError, KeyError, TypeError) as error:
+        starts = [int(start) for start in known["starts"]]
+        versions = {int(attempt): dict(those) for attempt, those in known.get("versions", {}).items()}
+        return Known(str(known["run_id"]), str(known["fingerprint"]), starts, versions)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{store.describe(RUN)} is damaged ({error}): choose another --out") from None
 
 
-def _write_run(run: Run, fingerprint: str, starts: list[int]) -> None:
-    text = json.dumps({"run_id": run.run_id, "fingerprint": fingerprint, "starts": starts})
-    run.store.write(RUN, (text + "\n").encode())
+def _write_known(store: Store, known: Known) -> None:
+    store.write(RUN, (json.dumps(asdict(known)) + "\n").encode())
+
+
+def _versions() -> dict[str, str]:
+    """Of what computes here."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def found_run(config: RunConfig, run: Run, dataset: Dataset) -> None:
@@ -148,7 +173,7 @@ def found_run(config: RunConfig, run: Run, dataset: Dataset) -> None:
         run.store.write(CONFIG, dump_config(config).encode())
         if isinstance(config, LabelledRunConfig):
             run.store.write(CLASSES, (json.dumps(dataset.manifest.classes) + "\n").encode())
-        _write_run(run, dataset.fingerprint, [])
+        _write_known(run.store, Known(run.run_id, dataset.fingerprint, []))
 
 
 def begin_attempt(run: Run, start: int) -> Run:
@@ -156,9 +181,11 @@ def begin_attempt(run: Run, start: int) -> Run:
     attempt = torch.tensor(0, device=run.device)
     if run.rank == 0:
         check_owner(run)
-        _, fingerprint, starts = _read_run(run.store)
-        _write_run(run, fingerprint, [*starts, start])
-        attempt += len(starts) + 1
+        known, now = read_known(run.store), _versions()
+        starts, before = [*known.starts, start], list(known.versions.values())
+        versions = known.versions if before[-1:] == [now] else {**known.versions, len(starts): now}
+        _write_known(run.store, Known(run.run_id, known.fingerprint, starts, versions))
+        attempt += len(starts)
         run.on_begin(int(attempt), start, run.world_size)
     if run.world_size > 1:
         dist.broadcast(attempt, src=0)
@@ -187,7 +214,7 @@ def check_newest(run: Run) -> None:
 
 def read_starts(store: Store) -> list[int]:
     """The step at which each attempt began, the first attempt's first."""
-    return _read_run(store)[2]
+    return read_known(store).starts
 
 
 def in_history(starts: Sequence[int], attempt: int, step: int) -> bool:
@@ -235,7 +262,8 @@ def read_config(store: Store) -> RunConfig:
     except FileNotFoundError:
         raise UserError(f"{store.url} is not a run: it has no {CONFIG}") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{store.describe(CONFIG)} cannot be read ({error})") from None
+        what = " ".join(str(error).split())  # it has several lines
+        raise UserError(f"{store.describe(CONFIG)} cannot be read ({what})") from None
     task = tree.get("task", "pretrain") if isinstance(tree, dict) else None
     if task not in KINDS:
         raise UserError(f"{store.describe(CONFIG)} is of a run of another kind, or damaged")

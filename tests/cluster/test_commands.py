@@ -230,6 +230,11 @@ def test_interrupting_a_bench_leaves_nothing_behind(scenes: Dataset) -> None:
         "bench loader",
         "bench step",
         "bench end-to-end",
+        "doctor",
+        "report",
+        "submit",
+        "manifests kuberay",
+        "manifests aws",
     ],
 )
 def test_every_command_of_the_readme_exists(command: str) -> None:

@@ -176,13 +176,13 @@ def snapshots(store: Store) -> Path:
 
 def test_room_is_where_nobody_else_works_and_no_node_is_going(cluster: Cluster) -> None:
     nodes = [cluster.add_node(num_cpus=1, **SMALL) for _ in range(3)]
-    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+    mailbox = ray.remote(num_cpus=0)(Mailbox).remote("a-run")
     policy = elastic.AsManyAsThereIsRoomFor(ScalingConfig(num_workers=(1, 3)), "a-run", mailbox)
     policy.after_controller_start(None)
     wait_until(lambda: policy._look_now() == (3, 3), 10)
     # On two nodes somebody works; one of the two is the run's own.
     places = [NodeAffinitySchedulingStrategy(node.node_id, soft=False) for node in nodes[:2]]
-    tenants = [ray.remote(num_cpus=1, scheduling_strategy=place)(Mailbox).remote() for place in places]
+    tenants = [ray.remote(num_cpus=1, scheduling_strategy=place)(Mailbox).remote("a-run") for place in places]
     ray.get([tenant.steps.remote() for tenant in tenants])
     wait_until(lambda: policy._look_now() == (3, 1), 10)
     policy.held = {nodes[1].node_id: {"CPU": 1}}

@@ -130,7 +130,7 @@ def test_odd_jpegs_are_the_cpus_or_bad_as_there(dali: Decoder, cpu: Decoder, pat
     assert_same(decoded.images, expected.images)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     width=st.integers(16, 700),
     height=st.integers(16, 700),

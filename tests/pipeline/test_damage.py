@@ -189,7 +189,7 @@ def damage_and_read(dataset: Dataset, decoder: DecoderName, examples: int) -> No
     assert all(weight == 1 for weight, _, _ in right.values())
     ends: dict[str, int] = {}
 
-    @settings(max_examples=examples, deadline=None, database=None, derandomize=examples < 100)
+    @settings(max_examples=examples, database=None, derandomize=examples < 100)
     @given(st.data())
     def example(data: st.DataObject) -> None:
         with tempfile.TemporaryDirectory(dir=Path(dataset.store.root).parent) as folder:
@@ -220,7 +220,7 @@ def damage_images(dataset: Dataset, name: DecoderName, examples: int) -> None:
         right = decoder(samples.encoded, boxes, flips)
         assert right.bad == {}
 
-        @settings(max_examples=examples, deadline=None, database=None, derandomize=examples < 100)
+        @settings(max_examples=examples, database=None, derandomize=examples < 100)
         @given(st.integers(0, 7), st.data())
         def example(victim: int, data: st.DataObject) -> None:
             image = bytearray(samples.encoded[victim])
@@ -250,7 +250,7 @@ def damage_kept_part(dataset: Dataset, folder: Path, examples: int) -> None:
     right = read_epoch(Path(dataset.store.root), "cpu", folder)
     assert len(list(folder.rglob("0*/0*"))) == len(dataset.shard_names)
 
-    @settings(max_examples=examples, deadline=None, database=None, derandomize=examples < 100)
+    @settings(max_examples=examples, database=None, derandomize=examples < 100)
     @given(st.data())
     def example(data: st.DataObject) -> None:
         with tempfile.TemporaryDirectory(dir=folder.parent) as kept:

@@ -84,7 +84,7 @@ def test_a_box_outside_the_image_is_a_bad_sample(name: str, kind: str, box: Box)
     assert one(decoder(name), zoo()[kind], box) is None
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     width=st.integers(1, 90),
     height=st.integers(1, 90),
@@ -136,7 +136,7 @@ def test_without_the_extension_pillow_makes_the_same_crops(monkeypatch: pytest.M
     assert abs(fast - slow).mean() < 0.05
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     kind=st.sampled_from(
         [

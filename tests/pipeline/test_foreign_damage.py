@@ -99,7 +99,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes, list[i
     return folder, whole, offsets, expected(files)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_sample_is_lost_silently(mixed: tuple[Path, bytes, list[int], dict], data: st.DataObject) -> None:
     """A tar cut anywhere, or with a bit of a header flipped: the index is right, or the message names the tar."""

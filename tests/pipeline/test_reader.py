@@ -115,7 +115,7 @@ def assert_right(dataset: Dataset, samples: Samples) -> None:
             assert bytes(data) == os.pread(file.fileno(), int(located.size[i]), int(located.offset[i]))
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_each_step_gets_its_own_bytes_within_the_bound(noise: Dataset, data: st.DataObject) -> None:
     lanes = data.draw(st.sampled_from([1, 2, 3, 6, 12, 24]))

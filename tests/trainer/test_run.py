@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import trainer.run
 from pipeline.errors import UserError
 from pipeline.storage import open_store
-from trainer.run import RUN, Run, begin_attempt, check_newest, in_history
+from trainer.run import RUN, Run, begin_attempt, check_newest, in_history, read_known
 
 
 @given(st.data())
@@ -41,3 +42,20 @@ def test_an_older_attempt_is_refused(tmp_path: Path) -> None:
     check_newest(second)
     with pytest.raises(UserError, match=r"attempt 2 of .* has taken over from attempt 1"):
         check_newest(first)
+
+
+def test_versions_are_kept_where_they_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(open_store(str(tmp_path)), "a", 0)
+    older = {"run_id": "a", "fingerprint": "f", "starts": [0, 5]}  # a run of when they were not kept
+    run.store.write(RUN, json.dumps(older).encode())
+    for step, number in ((7, "2.13"), (8, "2.13"), (9, "2.14"), (9, "2.13")):
+        monkeypatch.setattr(trainer.run, "version", lambda name, number=number: number)
+        begin_attempt(run, step)
+    known = read_known(run.store)
+    assert known.starts == [0, 5, 7, 8, 9, 9]
+    assert {attempt: said["torch"] for attempt, said in known.versions.items()} == {
+        3: "2.13",
+        5: "2.14",
+        6: "2.13",
+    }
+    assert {"python", "maestream", "torch", "ray"} <= known.versions[3].keys()

@@ -1,0 +1,300 @@
+"""`maestream report`: all of a run on one page that needs no other file, whatever of the run is there."""
+
+import base64
+import io
+import itertools
+import json
+import re
+import shutil
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import printed, refused
+from PIL import Image
+
+from pipeline.manifest import Dataset
+from pipeline.storage import open_store
+from trainer.events import EVENTS
+from trainer.initial import fix_init
+from trainer.laps import PARTS
+from trainer.metrics import METRICS, read_metrics
+from trainer.recipe import KINDS, parse_config
+from trainer.report import BINS, curve, look, time_spent, world_over_time
+from trainer.run import FAILED, LEASE, RUN, found_run, open_run
+from trainer.tasks import LOOPS
+from trainer.vote import Wish
+
+SMALL: dict[str, Any] = {
+    "global_batch": 12,
+    "epochs": 4.0,  # of 5 steps
+    "log_every": 4,
+    "micro_batch": 12,
+    "model": {"image_size": 32, "patch_size": 8, "width": 24, "depth": 1, "heads": 3},
+    "optim": {"blr": 0.05, "warmup_epochs": 1},
+    "data": {"decoder": "cpu", "lanes": 4, "block": 8, "threads": 1},
+    "checkpoint": {"every_steps": 3, "snapshots": None},
+}
+SECTIONS = (
+    "Loss and learning rate", "Throughput, and where the time went", "Workers, and what happened", "Bad samples",
+    "Reconstructions", "Evaluations", "Versions", "Config",
+)  # fmt: skip
+SCRIPT = "<script>alert('boo')</script>"
+EVENTS_TOLD = [
+    {"time": 1e9, "event": "attempt", "attempt": 1, "step": 0, "world_size": 2},
+    {"time": 1e9 + 30, "event": "failure", "cause": f"worker 1 died {SCRIPT}", "again": True},
+    {"time": 1e9 + 40, "event": "attempt", "attempt": 2, "step": 7, "world_size": 1}
+    | {"redone": 2, "gap_s": 9.5},
+    {"time": 1e9 + 45, "event": "evaluated", "step": 20, "val_top1": 1.0},
+    {"time": 1e9 + 50, "event": "a later version's", "cause": "unknown"},
+]
+BAD = {"sample": 3, "key": f"a/{SCRIPT}", "shard": "s.tar", "offset": 512, "reason": "it does not decode"}
+
+
+class Page(HTMLParser):
+    """What a browser would see of a page: tags with what they have, and the text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text, self.open = "", []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def page_of(run: object, out: Path) -> Page:
+    printed("report", run, "--out", out)
+    return Page(out.read_text())
+
+
+def train(task: str, dataset: Dataset, out: Path, stop: int = 0, **changes: Any) -> None:
+    """Train, until step `stop` if that is not 0."""
+    config = fix_init(parse_config(KINDS[task], {**SMALL, **changes}, "test"))
+    config, run = open_run(str(out), config, dataset)
+    found_run(config, run, dataset)
+    heard = itertools.count(1)
+    LOOPS[task](config, dataset, replace(run, wish=lambda: Wish.SAVE if next(heard) == stop else Wish.GO_ON))
+
+
+@pytest.fixture(scope="module")
+def trained(scenes: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two attempts that has everything."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    decoder = {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
+    knn = {"val": scenes.store.url, "every": 1.0, "known": 20, "asked": 10}
+    for stop in (7, 0):
+        train("pretrain", scenes, out, stop, model=SMALL["model"] | decoder, knn=knn)
+    (out / EVENTS).write_text("".join(json.dumps(event) + "\n" for event in EVENTS_TOLD) + '{"cut sho')
+    (out / "bad-samples.json").write_text(json.dumps([BAD]))
+    (out / "evaluations").mkdir()
+    judged = {"step": 20, "data": "s3://me:pass-word@host/shards", "crop": 0.875, "val_top1": 71.25}
+    (out / "evaluations" / "step-00000020.json").write_text(json.dumps(judged))
+    return out
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def test_all_of_a_run_is_on_the_page(run: Path, tmp_path: Path) -> None:
+    page = page_of(run, tmp_path / "report.html")
+    rows = read_metrics(open_store(str(run)))
+    for said in (
+        *SECTIONS,
+        *("20", "100% of 20: 4.0 of 4 epochs", "done", f"{rows[-1]['loss']:.4f}"),
+        "attempt 2: 1 workers from step 7, 2 steps redone, 9.5 s without a step",
+        *("a later version's", "2001-09-09", "s.tar", "after step 20", "71.25"),
+        *("attempts 1 to 2", "maestream 0.", "lanes: 4"),
+        f"{next(row['knn_top1'] for row in reversed(rows) if 'knn_top1' in row):.2f}",
+    ):
+        assert said in page.text, said
+    assert "Left out" not in page.text
+    assert len(page.all("svg")) == 6
+    drawn = [attributes["src"] for attributes in page.all("img")]
+    assert len(drawn) == 6 < len(list((run / "pictures").iterdir()))
+    for source in drawn:
+        with Image.open(io.BytesIO(base64.b64decode(str(source).partition(",")[2]))) as image:
+            assert image.format == "JPEG"
+    assert page.all("img")[0]["alt"] == "original, masked and reconstructed images after step 0"
+    assert page.all("img")[-1]["alt"] == "original, masked and reconstructed images after step 20"
+
+
+def test_a_page_needs_nothing_else(run: Path, tmp_path: Path) -> None:
+    page = page_of(run, tmp_path / "report.html")
+    assert not {"script", "link", "iframe", "object", "base", "form"} & {tag for tag, _ in page.tags}
+    for _, attributes in page.tags:
+        for name, value in attributes.items():
+            if name in ("src", "href", "xlink:href", "srcset", "action"):
+                assert str(value).startswith(("data:image/jpeg;base64,", "#")), value
+            assert not name.startswith("on")
+    text = (tmp_path / "report.html").read_text()
+    assert not re.search(r"url\((?!#)|@import|https?://", text)
+    # The colours of curves are the page's, and two figures share no id.
+    assert not re.search(r"#0a0b[0-9a-f]{2}", text)
+    ids = re.findall(r'\bid="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+
+
+def test_what_a_run_says_is_text_and_secrets_are_not_told(run: Path, tmp_path: Path) -> None:
+    (run / FAILED).write_text(json.dumps({"attempt": 2, "reason": f"no access {SCRIPT} \ud800"}))
+    (run / LEASE).write_text(json.dumps({"owner": "0123", "pid": SCRIPT, "host": SCRIPT}))
+    with (run / "config.yaml").open("a") as file:
+        file.write(f"# {SCRIPT} https://host/a?X-Amz-Signature=pass-word&b AKIAABCDEFGHIJKLMNOP\n")
+    page = page_of(run, tmp_path / "report.html")
+    assert page.text.count(SCRIPT) == 4
+    assert not page.all("script")
+    assert "pass-word" not in page.text
+    assert "AKIA" not in page.text
+    assert "s3://…@host/shards" in page.text
+
+
+@pytest.mark.parametrize(
+    ("gone", "instead"),
+    [
+        (METRICS, "No metrics yet"),
+        (EVENTS, "No events were kept"),
+        ("bad-samples.json", "None was met"),
+        ("pictures", "There are no pictures"),
+        ("evaluations", "Top-1 in training"),
+        ("checkpoints", "it has no commit: the same command again goes on"),
+        ("tensorboard", "done"),
+    ],
+)
+def test_whatever_is_absent_is_said(run: Path, tmp_path: Path, gone: str, instead: str) -> None:
+    path = run / gone
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    page = page_of(run, tmp_path / "report.html")
+    assert instead in page.text
+    for title in SECTIONS:
+        assert title in page.text
+
+
+def test_a_run_that_has_only_begun(run: Path, tmp_path: Path) -> None:
+    for path in run.iterdir():
+        if path.name not in ("config.yaml", RUN):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    known = json.loads((run / RUN).read_text())
+    (run / RUN).write_text(json.dumps({"run_id": known["run_id"], "fingerprint": "f", "starts": []}))
+    (run / LEASE).write_text(json.dumps({"owner": "0123", "pid": 7, "host": "here"}))
+    page = page_of(run, tmp_path / "report.html")
+    for said in ("running", "process 7 on here", "No metrics yet", "not been evaluated", "does not tell"):
+        assert said in page.text
+    assert not page.all("svg")
+
+
+def test_an_older_run_and_a_damaged_one(run: Path, tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
+    for line in lines[: len(lines) // 2]:
+        del line["time"]
+    (run / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    spent = time_spent(look(open_store(str(run))))
+    rows = read_metrics(open_store(str(run)))
+    assert spent["untold"] > 0
+    assert sum(spent.values()) == pytest.approx(sum(row["step_s"] for row in rows) + 9.5)
+    for line in lines:
+        line.pop("time", None)
+    (run / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "bad-samples.json").write_text("[{")
+    (run / FAILED).write_text("[]")
+    pictures = sorted((run / "pictures").iterdir())
+    pictures[0].write_bytes(pictures[0].read_bytes()[:1000])
+    page = page_of(run, tmp_path / "report.html")
+    assert "does not tell the parts of a step" in page.text
+    assert f"cannot be read: failed.json, bad-samples.json, pictures/{pictures[0].name}" in page.text
+    assert len(page.all("img")) == 5
+
+
+@pytest.mark.parametrize("task", ["finetune", "linprobe"])
+def test_runs_on_labels(task: str, scenes: Dataset, tmp_path: Path) -> None:
+    data = SMALL["data"] | {"val": scenes.store.url, "val_crop": 1.0}
+    train(task, scenes, tmp_path / "run", init="scratch", epochs=2.0, data=data)
+    page = page_of(tmp_path / "run", tmp_path / "report.html")
+    last = read_metrics(open_store(str(tmp_path / "run")))[-1]
+    for said in (task, "reconstructs nothing", f"{last['val_top1']:.2f}", f"{last['val_loss']:.4f}"):
+        assert said in page.text
+
+
+def test_a_long_run_fits_on_a_page_and_no_spike_is_lost(run: Path, tmp_path: Path) -> None:
+    row = read_metrics(open_store(str(run)))[-1]
+    noise = np.random.default_rng(0).random(200_000)
+    noise[123_456] = 1000.0
+    line = json.dumps(row | {"step": "STEP", "epoch": "EPOCH", "loss": "LOSS", "knn_step": "STEP"})
+    line = re.sub('"([A-Z]+)"', r"%(\1)s", line) + "\n"
+    with (run / METRICS).open("w") as file:
+        for step, loss in enumerate(noise.tolist()):
+            file.write(line % {"STEP": step, "EPOCH": step // 5, "LOSS": loss})
+    many = [json.dumps(event | {"time": i}) for i in range(1000) for event in EVENTS_TOLD]
+    (run / EVENTS).write_text("\n".join(many))
+    (run / "bad-samples.json").write_text(json.dumps([BAD] * 5000))
+    page = page_of(run, out := tmp_path / "report.html")
+    assert out.stat().st_size < 3e6
+    assert "The newest 200 of 4000" in page.text
+    drawn = curve(np.arange(200_000.0), noise)
+    assert len(drawn.x) == BINS
+    assert drawn.high.max() == 1000
+    assert drawn.mean.mean() == pytest.approx(noise.mean())
+    assert drawn.low.min() == noise.min()
+
+
+def test_workers_over_time(run: Path) -> None:
+    found = look(open_store(str(run)))
+    assert [event["at"] for event in found.events] == [0, 9, 7, 20]
+    *changes, (end, size) = world_over_time(found)
+    assert changes == [(1e9, 2), (1e9 + 30, 0), (1e9 + 40, 1)]
+    assert end >= 1e9 + 50
+    assert size == 1
+
+
+def test_reports_from_and_to_a_bucket(run: Path, s3: str) -> None:
+    store = open_store(f"{s3}/runs/reported")
+    names = {METRICS: "metrics/0002-00000020.jsonl", EVENTS: "events/0002-ab.jsonl"}
+    for name in open_store(str(run)).names():
+        if not name.startswith("tensorboard"):
+            store.write(names.get(name, name), (run / name).read_bytes())
+    printed("report", store.url, "--out", f"{s3}/reports/page.html")
+    page = Page(open_store(f"{s3}/reports").read("page.html").decode())
+    assert "100% of 20:" in page.text
+    assert "2 steps redone" in page.text
+    assert len(page.all("img")) == 6
+
+
+def test_what_is_no_run_is_refused(run: Path, scenes: Dataset, tmp_path: Path) -> None:
+    out = tmp_path / "report.html"
+    for folder in (tmp_path / "none", scenes.store.url):
+        assert "is not a run: it has no config.yaml" in refused("report", folder, "--out", out)
+    (run / RUN).write_text("{}")
+    assert "run.json is damaged" in refused("report", run, "--out", out)
+    (run / RUN).unlink()
+    assert "has not begun" in refused("report", run, "--out", out)
+    (run / "config.yaml").write_text("task: [")
+    assert "config.yaml cannot be read" in refused("report", run, "--out", out)
+    assert not out.exists()
+
+
+def test_parts_have_names_and_colours() -> None:
+    from cluster.report import PART_NAMES, TEMPLATE
+
+    assert {*PARTS, "untold", "restarts"} == PART_NAMES.keys()
+    for part in PART_NAMES:
+        assert TEMPLATE.read_text().count(f"--{part}: ") == 2  # in light and in dark
