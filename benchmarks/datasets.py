@@ -26,20 +26,32 @@ def read_images(images: str | None) -> list[bytes]:
     return list(map(source.reader.open(), rows_of(source.items)))
 
 
-def build_repeated(images: str | None, samples: int, folder: Path) -> Dataset:
-    """A dataset of so many samples in FOLDER/shards: the images of a folder (none: drawn scenes), with repeats."""
+def write_repeated(images: str | None, samples: int, folder: Path) -> Path:
+    """So many files in class folders of FOLDER/images: the images of a folder (none: drawn scenes), with repeats."""
+    repeated = folder / "images"
+    found = read_images(images)
+    for i in range(samples):
+        path = repeated / f"{i // len(found):04d}" / f"{i % len(found):06d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(found[i % len(found)])
+    return repeated
+
+
+def build_from(files: Path, folder: Path) -> Dataset:
+    """A dataset in FOLDER/shards."""
     from pipeline.shards import (  # with webdataset, which a benchmark of a ready dataset can do without
         Options,
         build,
     )
     from pipeline.storage import open_store
 
-    repeated = folder / "images"
-    images_ = read_images(images)
-    for i in range(samples):
-        path = repeated / f"{i // len(images_):04d}" / f"{i % len(images_):06d}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(images_[i % len(images_)])
-    build(str(repeated), open_store(str(folder / "shards")), Options(shard_bytes=SHARD_BYTES))
-    shutil.rmtree(repeated)
+    build(str(files), open_store(str(folder / "shards")), Options(shard_bytes=SHARD_BYTES))
     return open_dataset(str(folder / "shards"))
+
+
+def build_repeated(images: str | None, samples: int, folder: Path) -> Dataset:
+    """A dataset of `write_repeated`'s files, which are gone afterwards."""
+    files = write_repeated(images, samples, folder)
+    dataset = build_from(files, folder)
+    shutil.rmtree(files)
+    return dataset

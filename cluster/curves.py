@@ -118,7 +118,7 @@ def _shares(found: Found) -> Figure:
 def _over_time(found: Found, changes: list[tuple[float, int]]) -> Figure:
     """How many workers there were, and a line for each event."""
     begin = changes[0][0]
-    span = changes[-1][0] - begin
+    span = max(changes[-1][0] - begin, 0.0)  # clocks of two machines may differ
     changes = changes[-10 * MOST_MARKS :]
     unit, name = next((unit, name) for least, unit, name in UNITS if span >= least)
     figure, axis = _axis(f"{name} since the first attempt began")

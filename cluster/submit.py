@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import click
 from tenacity import Retrying, retry_if_exception_message, stop_after_delay, wait_random_exponential
 
@@ -23,7 +24,7 @@ from pipeline.errors import UserError
 MOST_BYTES = 100 << 20  # of the working tree; Ray takes 512 MiB
 PATIENCE_S = 5.0  # until the log is asked for again, when the connection is lost
 TIMEOUT_S = 10.0  # of a question to the job server
-SECRET = re.compile(r"secret|token|passw|credential|access_key|api_?key", re.IGNORECASE)
+SECRET = re.compile(r"secret|token(?!izer)|passw|credential|access_key|api_?key", re.IGNORECASE)
 PLACES = ("data", "out", "init", "val", "run")  # options and arguments that are folders or URLs
 SAFE = (
     "secrets do not belong in a job, whose description anybody on the cluster can read: give the machines a role, "
@@ -74,7 +75,7 @@ def submit(
                 submission_id=name,
                 runtime_env={"working_dir": str(tree), "env_vars": variables},
             )
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, OSError) as error:
             if name and "already" in str(error):
                 raise UserError(f"--name {name}: the cluster has such a job already") from None
             raise UserError(f"{address} does not take the job: {_first_line(error)}") from None
@@ -98,7 +99,7 @@ def _variable(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise UserError(f"--env {name}: write NAME=VALUE")
-    if SECRET.search(name) or re.fullmatch(r"(AKIA|ASIA)[A-Z0-9]{16}", value):
+    if SECRET.search(name) or re.search(r"\b(AKIA|ASIA)[A-Z0-9]{16}\b|://[^/\s]*@", value):
         raise UserError(f"--env {name}: {SAFE}")
     return name, value
 
@@ -137,15 +138,16 @@ def _check_config(name: str, recipe: str, given: dict[str, Any]) -> None:
 
 
 def entrypoint(words: tuple[str, ...], retry: int) -> str:
-    """What the head's shell is given. A crash (exit code 1) is tried again there; what only a person can mend, and a stop, are
-    not. The shell outlives the signal that stops the job, so that it knows how the command ended."""
+    """What the head's shell is given. What ends in any other way than done (0), for a person to mend (2) or stopped (130, or
+    128 + SIGTERM) is tried again there. The shell outlives the signal that stops the job, to say how the command ended, and
+    starts nothing after it."""
     command = shlex.join(["maestream", *words])
     if not retry:
         return f"exec {command}"
     return (
-        f"trap : TERM INT; n=0; while :; do {command}; code=$?; "
-        f"if [ $code -ne 1 ] || [ $n -ge {retry} ]; then exit $code; fi; n=$((n+1)); "
-        f'echo "it crashed: start $n of {retry} after the first"; done'
+        f"trap 'n={retry}' TERM INT; n=0; while :; do {command}; code=$?; "
+        f"case $code in 0|2|130|143) exit $code;; esac; [ $n -lt {retry} ] || exit $code; "
+        f'n=$((n+1)); echo "it crashed ($code): start $n of {retry} after the first"; done'
     )
 
 
@@ -191,6 +193,8 @@ def _first_line(error: Exception) -> str:
 def staged(folder: Path) -> Iterator[Path]:
     """A copy of what is shipped of a folder: what git knows or does not ignore, and compiled modules, which it ignores.
     UserError if that is no git checkout, or more than MOST_BYTES."""
+    if not shutil.which("git"):
+        raise UserError("git is not installed here, and says which files go to the cluster")
     listing = subprocess.run(
         ["git", "ls-files", "-coz", "--exclude-standard"],
         cwd=folder,
@@ -215,22 +219,31 @@ def staged(folder: Path) -> Iterator[Path]:
         for name in sizes:
             to = Path(copy, name)
             to.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(folder / name, to)
+            shutil.copy(folder / name, to)  # with its mode
         yield Path(copy)
 
 
 def follow(client: Any, job: str) -> int:
     """Show a job's log until it ends, through lost connections. Returns its exit code. Ctrl-C leaves the job alone."""
-    shown = 0
+    shown = 0  # characters
+
+    async def tail() -> None:
+        nonlocal shown
+        seen = 0
+        async for text in client.tail_job_logs(job):  # from its beginning
+            print(text[max(shown - seen, 0) :], end="", flush=True)
+            seen += len(text)
+            shown = max(shown, seen)
+
     try:
         while True:
             try:
-                shown = asyncio.run(_tail(client, job, shown))
-                info = client.get_job_info(job)
-                if info.status.is_terminal():
-                    break
-            except (OSError, RuntimeError) as error:
+                asyncio.run(tail())
+            except (OSError, RuntimeError, aiohttp.ClientError) as error:
                 console.print(f"the log is interrupted ({_first_line(error)}): asking again", style="yellow")
+            info = _info(client, job)
+            if info and info.status.is_terminal():
+                break
             time.sleep(PATIENCE_S)
     except KeyboardInterrupt:
         console.print(f"job {job} goes on")
@@ -241,12 +254,13 @@ def follow(client: Any, job: str) -> int:
     return STOPPED if info.status == "STOPPED" else info.driver_exit_code or 1
 
 
-async def _tail(client: Any, job: str, shown: int) -> int:
-    """Print the log from its character `shown` on; returns how many there were when the connection ended."""
-    seen = 0
-    async for text in client.tail_job_logs(job):
-        fresh = text[max(shown - seen, 0) :]
-        seen += len(text)
-        if fresh:
-            print(fresh, end="", flush=True)
-    return max(seen, shown)
+def _info(client: Any, job: str) -> Any:
+    """What the cluster says of a job, None if it says nothing now. UserError if it does not know it any more."""
+    try:
+        return client.get_job_info(job)
+    except RuntimeError as error:
+        if "does not exist" in str(error):
+            raise UserError(f"the cluster knows no job {job} any more: it has been started anew") from None
+    except OSError:
+        pass
+    return None

@@ -42,7 +42,7 @@ from pipeline.manifest import (
 )
 from pipeline.sources import open_source
 from pipeline.storage import TEMPORARY, Store, open_store
-from pipeline.write import Options, Receipt, Shard, receipt_name, write_shard
+from pipeline.write import Options, Receipt, Shard, build_digest, receipt_name, write_shard
 
 CONTACT_SHEET = "contact-sheet.png"
 LEFT_OUT, DUPLICATES = "left-out.txt", "duplicates.txt"  # a line an image
@@ -131,15 +131,15 @@ def build(
 def plan(source: Source, store: Store, options: Options, memory: int) -> Iterator[Shard]:
     """The shards to be written, in order."""
     order = np.argsort(hash64(options.seed, np.arange(len(source.items))), kind="stable")
+    build = build_digest(store)
     bounds = cut(source.items["size"].to_numpy()[order], options.shard_bytes)
     for number, (first, last) in enumerate(itertools.pairwise(bounds.tolist())):
         items = source.items.take(order[first:last]).combine_chunks()
         digest = hashlib.sha256(_identity(str(source.reader), options))
         for batch in items.to_batches():
             digest.update(batch.serialize())
-        yield Shard(
-            f"shard-{number:06d}.tar", items, source.reader, store.url, options, memory, digest.hexdigest()
-        )
+        name = f"shard-{number:06d}.tar"
+        yield Shard(name, items, source.reader, store.url, options, memory, digest.hexdigest(), build)
 
 
 def cut(sizes: npt.NDArray[np.int64], shard_bytes: int) -> npt.NDArray[np.int64]:

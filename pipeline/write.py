@@ -50,6 +50,7 @@ class Shard:
     options: Options
     memory: int  # bytes of images that may be in memory at once
     plan: str  # digest
+    build: str  # whose it is, see `build_digest`
 
 
 class Receipt(BaseModel):
@@ -70,6 +71,21 @@ class Receipt(BaseModel):
     changed: int  # images whose bytes are not the source's
 
 
+def build_digest(store: Store) -> str:
+    """Of the build that is under way. FileNotFoundError if there is none."""
+    return hashlib.sha256(store.read(BUILDING)).hexdigest()
+
+
+def _check_build(store: Store, shard: Shard) -> None:
+    """UserError if it is another build's turn: this task's own was killed, and nobody has ended the task yet."""
+    try:
+        now = build_digest(store)
+    except FileNotFoundError:
+        now = "none"
+    if now != shard.build:
+        raise UserError(f"{store.url}: another build has begun there, so this one writes no more")
+
+
 def write_shard(shard: Shard) -> tuple[Receipt, bool]:
     """Write one shard and its index, unless they are there. Returns its receipt, and whether they were."""
     store = open_shared(shard.store, BUILDING)
@@ -85,8 +101,10 @@ def write_shard(shard: Shard) -> tuple[Receipt, bool]:
             with path.open("wb", buffering=1 << 16) as file:  # which images of that size go past
                 _write_tar(_Digesting(file, written), itertools.chain([head], samples), written)
             size = path.stat().st_size
+            _check_build(store, shard)
         index = pa.table(written.columns, schema=INDEX_SCHEMA)
         data = to_parquet(index)
+        _check_build(store, shard)
         store.write(index_name(shard.name), data)
         index_sha256, content = hashlib.sha256(data).hexdigest(), content_digest(index)
     receipt = Receipt(
@@ -104,6 +122,7 @@ def write_shard(shard: Shard) -> tuple[Receipt, bool]:
         odd=written.odd,
         changed=written.changed,
     )
+    _check_build(store, shard)
     store.write(receipt_name(shard.name), receipt.model_dump_json().encode())
     return receipt, False
 

@@ -97,6 +97,7 @@ def linprobe_step(
             images = part_of(batch, rows, run.device).images
             run.laps.lap("host_to_device")
             found.append(model.features(images).to(model.linear.weight.dtype))
+        run.laps.lap("step")
     weights = batch.weights.to(run.device, non_blocking=True)
     labels = batch.labels.to(run.device, non_blocking=True)
     moments = batch_moments(torch.cat(found), weights, run)

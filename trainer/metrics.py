@@ -50,7 +50,7 @@ class Metrics:
         for row in rows:
             for name in SCALARS & row.keys():
                 self.tensorboard.add_scalar(name, row[name], row["step"])
-            for part, share in row["time"].items():
+            for part, share in row.get("time", {}).items():  # rows of an older version lack it
                 self.tensorboard.add_scalar(f"time/{part}", share, row["step"])
 
     def commit(self, step: int) -> None:

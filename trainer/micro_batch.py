@@ -46,16 +46,18 @@ def with_micro_batch(
     most = len(order.lanes_of(run.rank, run.world_size)) * (order.global_batch // order.lanes)
 
     def trial(n: int) -> None:
-        images = torch.zeros((n, 3, *config.model.size), dtype=torch.uint8, device=run.device)
-        with autocast(config, run.device):
-            loss = forward(images).sum()
-        if loss.requires_grad:
-            loss.backward()
-        model.zero_grad(set_to_none=True)
+        try:
+            images = torch.zeros((n, 3, *config.model.size), dtype=torch.uint8, device=run.device)
+            with autocast(config, run.device):
+                loss = forward(images).sum()
+            if loss.requires_grad:
+                loss.backward()
+        finally:  # it may have come half-way
+            model.zero_grad(set_to_none=True)
 
-    reserve = _reserve(model, run)  # held while it is tried out
     first = min(most, max(FIRST, together))
     try:
+        reserve = _reserve(model, run)  # held while it is tried out
         found = torch.tensor(
             fastest(lambda n: _seconds(partial(trial, n), run.device), first, most), device=run.device
         )

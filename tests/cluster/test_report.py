@@ -122,7 +122,12 @@ def test_all_of_a_run_is_on_the_page(run: Path, tmp_path: Path) -> None:
     rows = read_metrics(open_store(str(run)))
     for said in (
         *SECTIONS,
-        *("20", "100% of 20: 4.0 of 4 epochs", "done", f"{rows[-1]['loss']:.4f}"),
+        *(
+            "20",
+            "100% of 20: 4.0 of 4 epochs",
+            "done: all of its steps are done, and committed",
+            f"{rows[-1]['loss']:.4f}",
+        ),
         "attempt 2: 1 workers from step 7, 2 steps redone, 9.5 s without a step",
         *("a later version's", "2001-09-09", "s.tar", "after step 20", "71.25"),
         *("attempts 1 to 2", "maestream 0.", "lanes: 4"),

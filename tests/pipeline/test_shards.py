@@ -7,7 +7,9 @@ import os
 import random
 import shutil
 import tarfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -24,7 +26,7 @@ from pipeline.shards import build
 from pipeline.sources import open_source
 from pipeline.storage import open_store
 from pipeline.verify import verify
-from pipeline.write import Options, Receipt
+from pipeline.write import Options, Receipt, Shard, write_shard
 
 
 @pytest.fixture
@@ -137,6 +139,30 @@ def test_a_killed_build_is_no_dataset_and_the_next_one_goes_on(tmp_path: Path, a
     assert clean.manifest.shards > 3
     names = [sorted(open_store(d).names()) for d in (store.url, clean.store.url)]
     assert names[0] == names[1]  # nothing is left of the builds that died
+
+
+def test_what_is_left_of_a_killed_build_writes_nothing_into_the_next(tmp_path: Path) -> None:
+    """Tasks of a command that was killed live on for a moment."""
+    store = open_store(str(tmp_path / "out"))
+    left: list[Shard] = []
+
+    def killed(function: Callable[[Any], Any], inputs: Iterable[Any]) -> Iterator[Any]:
+        left.extend(inputs)
+        raise KeyboardInterrupt
+
+    def beside_them(function: Callable[[Any], Any], inputs: Iterable[Any]) -> Iterator[Any]:
+        for shard in left:
+            with pytest.raises(UserError, match="another build has begun there"):
+                write_shard(shard)
+        return map(function, inputs)
+
+    with pytest.raises(KeyboardInterrupt):
+        build("synthetic:?count=30", store, Options(), run=killed)
+    build("synthetic:?count=20", store, Options(), overwrite=True, run=beside_them)
+    with pytest.raises(UserError):
+        write_shard(left[0])
+    assert list(verify(open_dataset(store.url))) == []
+    assert open_dataset(store.url).samples == 20
 
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
