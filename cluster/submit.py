@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,14 @@ from typing import Any
 
 import aiohttp
 import click
-from tenacity import Retrying, retry_if_exception_message, stop_after_delay, wait_random_exponential
+from tenacity import (
+    Retrying,
+    retry_if_exception_message,
+    retry_if_result,
+    stop_after_delay,
+    wait_fixed,
+    wait_random_exponential,
+)
 
 from cluster.terminal import console
 from pipeline.errors import UserError
@@ -92,6 +98,11 @@ _once_it_can = Retrying(
     stop=stop_after_delay(60),
     wait=wait_random_exponential(max=5),
     reraise=True,
+)
+
+_until_it_ends = Retrying(
+    retry=retry_if_result(lambda info: info is None or not info.status.is_terminal()),
+    wait=wait_fixed(PATIENCE_S),
 )
 
 
@@ -235,16 +246,15 @@ def follow(client: Any, job: str) -> int:
             seen += len(text)
             shown = max(shown, seen)
 
+    def look() -> Any:
+        try:
+            asyncio.run(tail())
+        except (OSError, RuntimeError, aiohttp.ClientError) as error:
+            console.print(f"the log is interrupted ({_first_line(error)}): asking again", style="yellow")
+        return _info(client, job)
+
     try:
-        while True:
-            try:
-                asyncio.run(tail())
-            except (OSError, RuntimeError, aiohttp.ClientError) as error:
-                console.print(f"the log is interrupted ({_first_line(error)}): asking again", style="yellow")
-            info = _info(client, job)
-            if info and info.status.is_terminal():
-                break
-            time.sleep(PATIENCE_S)
+        info = _until_it_ends(look)
     except KeyboardInterrupt:
         console.print(f"job {job} goes on")
         return STOPPED
