@@ -201,7 +201,7 @@ class RayCluster:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
     """A head without CPUs and a machine of two. Whoever talks to it needs a token."""
     ports = []
-    for _ in range(3):
+    for _ in range(5):
         with socket.create_server(("127.0.0.1", 0)) as free:
             ports.append(free.getsockname()[1])
     known = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
@@ -226,6 +226,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
     try:
         for i, words in enumerate((head, [f"--address=127.0.0.1:{ports[0]}", "--num-cpus=2"])):
             command = [program, "start", "--block", "--object-store-memory=80000000", *words]
+            # Jobs go through this one, and its usual port is the machine's, on which other Rays may run.
+            command.append(f"--dashboard-agent-listen-port={ports[3 + i]}")
             log = logs / f"{i}.log"
             with log.open("wb") as file:
                 started.append(
