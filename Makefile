@@ -7,21 +7,22 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PILLOW := pillow==13.0.0
-pinned = $(shell grep -o '^$(1)==[^ ;]*' requirements.lock)
+pinned = $(shell grep -o '^$(1)==[^ ;]*' requirements-dev.lock)
 DALI_HOST := sys_platform == "linux" and platform_machine == "x86_64"
 
 .PHONY: setup test check soak demo s3 lock bench-peers bench-storage
 
 setup: .venv/.ready
 
-# Torch comes first and with its dependencies, which differ by build (CPU, CUDA); all else is in the lock.
+# Torch comes first and with its dependencies, which differ by build (CPU, CUDA); all else is in the lock. (requirements.lock is
+# what the images have; requirements-dev.lock is that, but for the clouds' own, and what developing takes.)
 # Pillow and pillow-simd own the same folder, so nothing may bring the other in: hence --no-deps.
-.venv/.ready: requirements.lock pyproject.toml Makefile $(wildcard pipeline/decode/*.[ch])
+.venv/.ready: requirements-dev.lock pyproject.toml Makefile $(wildcard pipeline/decode/*.[ch])
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("maestream needs Python 3.11 or newer: make PYTHON=python3.11")'
 	@echo "setting up .venv (a few minutes the first time)"
 	@$(PYTHON) -m venv .venv || { echo "make: no Python venv module (Debian: apt-get install python3-venv)"; exit 1; }
 	@$(BIN)/pip install -qq $(call pinned,torch)
-	@grep -v -E '^(torch|pillow-simd)==' requirements.lock | $(BIN)/pip install -qq --no-deps -r /dev/stdin
+	@grep -v -E '^(torch|pillow-simd)==' requirements-dev.lock | $(BIN)/pip install -qq --no-deps -r /dev/stdin
 	@$(MAKE) --no-print-directory .venv/.pillow
 	@$(BIN)/pip install -qq --no-deps --no-build-isolation -e .
 	@$(BIN)/python -c 'import pipeline.decode.jpeg_crop' 2>/dev/null || \
@@ -31,7 +32,7 @@ setup: .venv/.ready
 .PHONY: .venv/.pillow
 .venv/.pillow:
 	@if [ "$$(uname -sm)" != "Linux x86_64" ]; then $(BIN)/pip install -qq $(PILLOW); exit; fi; \
-	simd() { $(BIN)/pip install -qq --no-deps --no-binary :all: $(call pinned,pillow-simd) >.venv/pillow-simd.log 2>&1; }; \
+	simd() { $(BIN)/pip install -qq --no-deps --no-binary pillow-simd $(call pinned,pillow-simd) >.venv/pillow-simd.log 2>&1; }; \
 	headers() { [ "$$(id -u)" = 0 ] && command -v apt-get && apt-get update && \
 	    DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends gcc libc6-dev libjpeg-dev zlib1g-dev; }; \
 	simd || { headers >.venv/apt.log 2>&1 && simd; } || { \
@@ -68,7 +69,7 @@ bench-peers: setup .venv-peers-simd/.ready .venv-peers-pillow/.ready
 bench-storage: setup s3
 	@.venv-s3/bin/python tests/s3_server.py --dir runs/bench-s3 -- $(BIN)/python -m benchmarks.storage $(if $(IMAGES),--images "$(IMAGES)")
 
-.venv-peers-simd/.ready: PIL := --no-binary :all: $(call pinned,pillow-simd)
+.venv-peers-simd/.ready: PIL := --no-binary pillow-simd $(call pinned,pillow-simd)
 .venv-peers-pillow/.ready: PIL := $(PILLOW)
 .venv-peers-%/.ready: benchmarks/requirements-peers.lock
 	@echo "setting up .venv-peers-$* (2 GB)"
@@ -80,6 +81,8 @@ bench-storage: setup s3
 
 # Renew the pins. Torch is pinned without its build's suffix, so that any build of that version will do.
 lock: setup
-	$(BIN)/pip-compile -q --extra dev --strip-extras --allow-unsafe --no-emit-index-url --no-emit-find-links \
-	    --no-emit-options --annotation-style=line -o requirements.lock pyproject.toml
-	sed -i -e '/^pillow==/d' -e 's/^\(torch==[0-9.]*\)+cpu/\1/' -e '/^nvidia-[^;]*$$/s/  *#/ ; $(DALI_HOST)  #/' requirements.lock
+	for to in ".lock --extra aws" "-dev.lock --extra dev -c requirements.lock"; do \
+	    $(BIN)/pip-compile -q --strip-extras --allow-unsafe --no-emit-index-url --no-emit-find-links --no-emit-options \
+	        --annotation-style=line -o requirements$$to pyproject.toml; done
+	sed -i -e '/^pillow==/d' -e 's/^\(torch==[0-9.]*\)+cpu/\1/' -e 's/-c requirements.lock, //' \
+	    -e '/^nvidia-[^;]*$$/s/  *#/ ; $(DALI_HOST)  #/' requirements.lock requirements-dev.lock

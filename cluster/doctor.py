@@ -116,7 +116,7 @@ def cpu_decoding() -> Iterator[Finding]:
         yield Finding(
             "note",
             f"Pillow {version('pillow')}, which is slower than pillow-simd at what jpeg_crop does not do",
-            "pip install --no-binary :all: pillow-simd (Debian: libjpeg-dev zlib1g-dev)",
+            "pip install --no-binary pillow-simd pillow-simd (Debian: libjpeg-dev zlib1g-dev)",
         )
 
 

@@ -1,0 +1,16 @@
+#!/usr/bin/env python3
+"""HEALTHCHECK of the images: is the Ray node well that `ray start` began in this container? Where it began none, a command of
+maestream's is all there is, and that lives as long as the container."""
+
+import sys
+import urllib.request
+from pathlib import Path
+
+STARTED = Path("/tmp/ray/ray_current_cluster")  # written by `ray start`
+NODE = "http://127.0.0.1:52365/api/local_raylet_healthz"  # of Ray's agent; needs no token
+
+if STARTED.exists():
+    try:
+        urllib.request.urlopen(NODE, timeout=5).close()
+    except OSError as error:
+        sys.exit(f"{NODE}: {error}")
