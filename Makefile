@@ -1,16 +1,18 @@
-# make demo | test | soak | bench-peers | bench-storage | setup; each does its own set-up in .venv. STORE=s3 runs the demo on a
-# local S3. IMAGES=DIR gives the benchmark photographs.
+# make demo | test | soak | bench-peers | bench-storage | dist | image | setup; each does its own set-up in .venv. STORE=s3 runs the
+# demo on a local S3. IMAGES=DIR gives the benchmark photographs. TARGET=cpu (or gpu) makes one image alone.
 PYTHON ?= python3
 BIN := .venv/bin
 STORE ?= local
+TARGET ?= cpu gpu
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PILLOW := pillow==13.0.0
 pinned = $(shell grep -o '^$(1)==[^ ;]*' requirements-dev.lock)
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 DALI_HOST := sys_platform == "linux" and platform_machine == "x86_64"
 
-.PHONY: setup test check soak demo s3 lock bench-peers bench-storage
+.PHONY: setup test check soak demo s3 lock bench-peers bench-storage dist image
 
 setup: .venv/.ready
 
@@ -78,6 +80,21 @@ bench-storage: setup s3
 	@.venv-peers-$*/bin/pip install -qq --no-deps -r benchmarks/requirements-peers.lock
 	@.venv-peers-$*/bin/pip install -qq --no-deps $(PIL)
 	@touch $@
+
+# The sources, and a wheel built from them. PyPI takes a wheel of Linux if it needs no library that a machine may lack, so
+# its libjpeg-turbo goes in; there is none to go in where the decoder did not build, and that is an error.
+dist: setup
+	@rm -rf dist
+	$(BIN)/python -m build
+	@if [ "$$(uname -s)" = Linux ]; then \
+	    PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair -w dist dist/*-linux_*.whl && rm dist/*-linux_*.whl; fi
+	@ls -lh dist
+
+image:
+	@for target in $(TARGET); do \
+	    docker build -f docker/Dockerfile --target $$target -t maestream:$(VERSION)-$$target \
+	        --build-arg VERSION=$(VERSION) --build-arg REVISION="$$(git describe --always --dirty --abbrev=40 --exclude '*')" . ; \
+	done
 
 # Renew the pins. Torch is pinned without its build's suffix, so that any build of that version will do.
 lock: setup

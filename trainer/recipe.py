@@ -39,6 +39,7 @@ FREE_ON_RESUME = (
     "data.bad_share",
 )
 
+SHIPPED = Path(__file__).parents[1]  # has recipes/, in a checkout as in an installation
 C = TypeVar("C", bound=RunConfig)
 
 
@@ -47,8 +48,11 @@ def load_config(
 ) -> C:
     """A recipe's YAML with a tree of `keys` on top, and with `key.key=value` overrides on top of that. UserError names every
     mistake at once."""
+    file = Path(path)
+    if file.parts[:1] == ("recipes",) and not file.exists():
+        file = SHIPPED / file
     try:
-        tree = yaml.safe_load(Path(path).read_text()) or {}
+        tree = yaml.safe_load(file.read_text()) or {}
     except FileNotFoundError:
         raise UserError(f"{path}: no such config; the recipes are in recipes/") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -77,6 +77,18 @@ def test_bad_files_are_one_clear_message(tmp_path: Path) -> None:
             load_config(PretrainConfig, tmp_path / "bad.yaml")
 
 
+def test_recipes_are_found_from_any_folder_and_yours_come_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_config(PretrainConfig, "recipes/pretrain_vit_base.yaml").epochs == 800
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes/pretrain_vit_base.yaml").write_text("epochs: 50")
+    assert load_config(PretrainConfig, "recipes/pretrain_vit_base.yaml").epochs == 50
+    with pytest.raises(UserError, match=r"^recipes/none\.yaml: no such config"):
+        load_config(PretrainConfig, "recipes/none.yaml")
+
+
 def test_what_may_differ_on_resume() -> None:
     old = parse_config(PretrainConfig, {}, "old")
     free = {
