@@ -67,11 +67,14 @@ class Found:
 
     @property
     def total_steps(self) -> int | None:
-        """How many it will have. None until an epoch is over: only then it is known how many steps one has."""
-        later = np.flatnonzero(self.metrics["epoch"] >= 1)
-        if not len(later):
-            return None
-        per_epoch = self.metrics["step"][later[0]] / self.metrics["epoch"][later[0]]
+        """How many it will have. None if nobody knows: runs that began when run.json did not have it, and are in their first
+        epoch."""
+        per_epoch: float | None = self.known.steps_per_epoch
+        if per_epoch is None:
+            later = np.flatnonzero(self.metrics["epoch"] >= 1)
+            if not len(later):
+                return None
+            per_epoch = self.metrics["step"][later[0]] / self.metrics["epoch"][later[0]]
         return max(1, round(self.config.epochs * per_epoch))
 
 

@@ -1,7 +1,8 @@
 """A run and its folder: who it is, what was fixed when it first started, and this worker's place in it.
 
 RUN/config.yaml          the config, with B, V, K as fixed
-RUN/run.json             run id, dataset fingerprint, at which step each attempt began, and versions of what computed
+RUN/run.json             run id, dataset fingerprint, steps of an epoch, at which step each attempt began, and versions of what
+                         computed
 RUN/failed.json          what stopped the newest attempt, if that is for a person to mend
 RUN/lease.json           whose the run is, see trainer.lease
 RUN/events.jsonl         what became of its workers, see trainer.events
@@ -72,6 +73,7 @@ class Known:
     fingerprint: str
     starts: list[int]  # the step at which each attempt began, the first attempt's first
     versions: dict[int, dict[str, str]] = field(default_factory=dict)  # by the first attempt that had these
+    steps_per_epoch: int | None = None  # None: it was not kept when this run began
 
 
 def fix_order(config: C, dataset: Dataset) -> C:
@@ -147,7 +149,14 @@ def read_known(store: Store) -> Known:
         known = json.loads(store.read(RUN))
         starts = [int(start) for start in known["starts"]]
         versions = {int(attempt): dict(those) for attempt, those in known.get("versions", {}).items()}
-        return Known(str(known["run_id"]), str(known["fingerprint"]), starts, versions)
+        steps = known.get("steps_per_epoch")
+        return Known(
+            str(known["run_id"]),
+            str(known["fingerprint"]),
+            starts,
+            versions,
+            None if steps is None else int(steps),
+        )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{store.describe(RUN)} is damaged ({error}): choose another --out") from None
 
@@ -173,7 +182,8 @@ def found_run(config: RunConfig, run: Run, dataset: Dataset) -> None:
         run.store.write(CONFIG, dump_config(config).encode())
         if isinstance(config, LabelledRunConfig):
             run.store.write(CLASSES, (json.dumps(dataset.manifest.classes) + "\n").encode())
-        _write_known(run.store, Known(run.run_id, dataset.fingerprint, []))
+        steps = make_order(config, dataset).steps_per_epoch
+        _write_known(run.store, Known(run.run_id, dataset.fingerprint, [], steps_per_epoch=steps))
 
 
 def begin_attempt(run: Run, start: int) -> Run:
@@ -184,7 +194,7 @@ def begin_attempt(run: Run, start: int) -> Run:
         known, now = read_known(run.store), _versions()
         starts, before = [*known.starts, start], list(known.versions.values())
         versions = known.versions if before[-1:] == [now] else {**known.versions, len(starts): now}
-        _write_known(run.store, Known(run.run_id, known.fingerprint, starts, versions))
+        _write_known(run.store, replace(known, starts=starts, versions=versions))
         attempt += len(starts)
         run.on_begin(int(attempt), start, run.world_size)
     if run.world_size > 1:

@@ -195,6 +195,16 @@ def test_whatever_is_absent_is_said(run: Path, tmp_path: Path, gone: str, instea
         assert title in page.text
 
 
+@pytest.mark.parametrize("epochs", [1.0, 0.4])
+def test_a_run_of_an_epoch_or_less_is_done_when_it_is(epochs: float, scenes: Dataset, tmp_path: Path) -> None:
+    optim = SMALL["optim"] | {"warmup_epochs": 0}
+    model = SMALL["model"] | {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
+    train("pretrain", scenes, tmp_path / "run", epochs=epochs, optim=optim, model=model)
+    page = page_of(tmp_path / "run", tmp_path / "report.html")
+    assert "done: all of its steps are done, and committed" in page.text
+    assert f"100% of {round(5 * epochs)}:" in page.text
+
+
 def test_a_run_that_has_only_begun(run: Path, tmp_path: Path) -> None:
     for path in run.iterdir():
         if path.name not in ("config.yaml", RUN):
@@ -210,6 +220,10 @@ def test_a_run_that_has_only_begun(run: Path, tmp_path: Path) -> None:
 
 def test_an_older_run_and_a_damaged_one(run: Path, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
+    known = json.loads((run / RUN).read_text())
+    assert known.pop("steps_per_epoch") == 5
+    (run / RUN).write_text(json.dumps(known))
+    assert look(open_store(str(run))).total_steps == 20
     for line in lines[: len(lines) // 2]:
         del line["time"]
     (run / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
