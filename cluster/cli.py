@@ -8,6 +8,7 @@ import click
 
 from cluster import bench_step
 from cluster.bench import bench
+from cluster.checkpoints import checkpoints
 from cluster.deploy import manifests
 from cluster.doctor import doctor
 from cluster.judge import evaluate, features, knn
@@ -148,7 +149,7 @@ def linprobe(init: str | None, val: str | None, **how: Any) -> None:
     _train("linprobe", **how, keys=keys_of(init, val))
 
 
-for command in (doctor, evaluate, features, knn, manifests, report, study, submit):
+for command in (checkpoints, doctor, evaluate, features, knn, manifests, report, study, submit):
     cli.add_command(command)
 
 

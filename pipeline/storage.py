@@ -196,6 +196,11 @@ class Store:
         with explained(self.describe(name)):
             return int(self._retry(lambda: self.fs.size(self.path(name))))
 
+    def modified(self, name: str) -> float:
+        """When an object was written, in seconds since 1970. FileNotFoundError where there is none."""
+        with explained(self.describe(name)):
+            return float(self._retry(lambda: self.fs.modified(self.path(name))).timestamp())
+
     def exists(self, name: str) -> bool:
         with explained(self.describe(name)):
             return bool(self._retry(lambda: self.fs.exists(self.path(name))))
@@ -211,14 +216,16 @@ class Store:
             return []
         return sorted(map(self._name, found))
 
-    def sizes(self) -> dict[str, int]:
-        """The bytes of all files, by name, sorted. Otherwise as `names`. UserError where a file is a link to nothing."""
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        """The bytes of all files below `prefix`, by name, sorted. Otherwise as `names`. UserError where a file is a link to
+        nothing."""
         try:
-            with explained(self.url):
+            with explained(self.describe(prefix)):
+                root = self.path(prefix)
                 if self.is_local:
-                    found = {path: _size(path) for path in _walk(self.root)}
+                    found = {path: _size(path) for path in _walk(root)}
                 else:
-                    details = self._retry(lambda: self.fs.find(self.root, detail=True))
+                    details = self._retry(lambda: self.fs.find(root, detail=True))
                     found = {path: int(detail["size"]) for path, detail in details.items()}
         except FileNotFoundError:
             return {}

@@ -10,6 +10,7 @@ import json
 import re
 import threading
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -53,21 +54,35 @@ def newest_commit(store: Store) -> int:
     before they ended are no part of the history, and removed."""
     starts = read_starts(store)
     for step in reversed(committed_steps(store)):
-        try:
-            attempt = int(json.loads(store.read(f"{_folder(step)}/state.json"))["attempt"])
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return step  # damaged: it is said when it is loaded
-        # The state after `step` steps has the last of them, step - 1, in it.
-        if in_history(starts, attempt, step - 1):
+        if descends(store, step, starts) is not False:  # damaged: it is said when it is loaded
             return step
-        _remove(store, [_folder(step)])
+        remove_checkpoints(store, [step])
     return 0
 
 
-def _remove(store: Store, folders: list[str]) -> None:
-    """Remove checkpoints, un-committed first."""
-    gone = [name for folder in folders for name in store.names(folder)]
-    store.remove(sorted(gone, key=lambda name: not name.endswith(MARKER)))
+def descends(store: Store, step: int, starts: list[int]) -> bool | None:
+    """Whether a committed checkpoint is of the run's history, to which the attempts began at `starts`. None: damaged."""
+    try:
+        attempt = int(json.loads(store.read(f"{_folder(step)}/state.json"))["attempt"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    # The state after `step` steps has the last of them, step - 1, in it.
+    return in_history(starts, attempt, step - 1)
+
+
+def step_of(name: str) -> int | None:
+    """Of which checkpoint a file of a run is."""
+    match = re.match(rf"{FOLDER}/step-(\d+)/", name)
+    return int(match[1]) if match else None
+
+
+def remove_checkpoints(store: Store, steps: Iterable[int]) -> None:
+    """Remove checkpoints. Whenever that is interrupted, none is left that looks committed and is not whole."""
+    gone = [name for step in steps for name in store.names(_folder(step))]
+    store.remove(
+        [name for name in gone if name.endswith(MARKER)]
+    )  # many at once, in no order: so these alone, first
+    store.remove([name for name in gone if not name.endswith(MARKER)])
 
 
 def kept_steps(steps: list[int], newest: int, every: int | None) -> set[int]:
@@ -128,7 +143,7 @@ class Checkpointer:
         try:
             store, folder = self.run.store, _folder(step)
             check_newest(self.run)
-            _remove(store, [folder])  # of an attempt that died here
+            remove_checkpoints(store, [step])  # of an attempt that died here
             for name, tensors in (("model", weights), ("optimizer", moments)):
                 with store.staging(f"{folder}/{name}.safetensors") as path:
                     save_file(tensors, path)
@@ -150,9 +165,9 @@ class Checkpointer:
     def _prune(self) -> None:
         """Remove all steps but those to be kept: older ones, and what a kill left of unfinished ones."""
         store, rule = self.run.store, self.config.checkpoint
-        kept = {_folder(step) for step in kept_steps(committed_steps(store), rule.keep, rule.keep_every)}
-        folders = {name.rpartition("/")[0] for name in store.names(FOLDER)}
-        _remove(store, [f for f in folders if re.fullmatch(rf"{FOLDER}/step-\d+", f) and f not in kept])
+        kept = kept_steps(committed_steps(store), rule.keep, rule.keep_every)
+        there = {step for name in store.names(FOLDER) if (step := step_of(name)) is not None}
+        remove_checkpoints(store, there - kept)
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:

@@ -64,7 +64,7 @@ class Lease:
                 return
             if now != before:
                 raise UserError(
-                    f"{self.store.url} is being trained by {whose}: stop that one first, or choose another --out"
+                    f"{self.store.url} is owned by {whose}: stop that one first, or choose another folder"
                 )
         self.say(f"it is not: taking {self.store.url} over")
 

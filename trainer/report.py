@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from pipeline.errors import UserError
 from pipeline.storage import Store
 from trainer.bad_samples import BAD_SAMPLES
 from trainer.checkpoint import committed_steps
@@ -21,7 +20,7 @@ from trainer.config import RunConfig
 from trainer.events import read_events
 from trainer.laps import PARTS
 from trainer.metrics import history
-from trainer.run import CONFIG, FAILED, LEASE, Known, read_config, read_known
+from trainer.run import CONFIG, FAILED, LEASE, Known, read_begun, read_config
 
 JUDGED = ("val_top1", "val_top5", "val_loss", "val_bad", "knn_step", "knn_top1")
 NUMBERS = (
@@ -81,10 +80,7 @@ class Found:
 def look(store: Store) -> Found:
     """All that a report tells of a run. UserError where the folder is none."""
     config = read_config(store)
-    try:
-        known = read_known(store)
-    except FileNotFoundError:
-        raise UserError(f"{store.url} is a run that has not begun: start it again") from None
+    known = read_begun(store)
     damaged: list[str] = []
 
     def read(name: str, kind: type) -> Any:

@@ -161,6 +161,14 @@ def read_known(store: Store) -> Known:
         raise UserError(f"{store.describe(RUN)} is damaged ({error}): choose another --out") from None
 
 
+def read_begun(store: Store) -> Known:
+    """What run.json says. UserError if it is not there."""
+    try:
+        return read_known(store)
+    except FileNotFoundError:
+        raise UserError(f"{store.url} is a run that has not begun: start it again") from None
+
+
 def _write_known(store: Store, known: Known) -> None:
     store.write(RUN, (json.dumps(asdict(known)) + "\n").encode())
 

@@ -62,7 +62,7 @@ def test_kills_change_nothing(recipe: Path, scenes: Dataset, whole: Path, tmp_pa
     store, command = open_store(str(out)), words(recipe, scenes.store.url, out)
     with running(command) as process:
         wait_for_step(57, process, out)  # in the middle of an epoch, and between two commits
-        assert "is being trained by process" in refused(*command, process=True)
+        assert "is owned by process" in refused(*command, process=True)
         kill(workers_of(process.pid)[0])
         wait_until(lambda: len(read_events(store)) == 3)
         wait_for_step(len(losses(out)) + 5, process, out)

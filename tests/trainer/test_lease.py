@@ -42,7 +42,7 @@ def test_a_living_owner_is_left_alone_and_its_end_frees_the_folder(store: Store)
     with make_lease(store):
         time.sleep(0.15)
         with (
-            pytest.raises(UserError, match=r"is being trained by process \d+ on .*: stop that one first"),
+            pytest.raises(UserError, match=r"is owned by process \d+ on .*: stop that one first"),
             make_lease(store, said),
         ):
             pass
