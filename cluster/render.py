@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from cluster.secrets import has_secret
 from pipeline.errors import UserError
 from trainer.classifier import Encoder
 from trainer.config import FinetuneConfig, LabelledRunConfig, PretrainConfig, RunConfig
@@ -33,10 +34,6 @@ OBJECT_STORE = GIB  # of a machine with workers: they send each other words, ten
 # second is a guess, and a generous one.
 NCCL, PROCESS = GIB // 2, 8 * GIB
 THREADS, OTHER_CORES = 4, 2  # decoding threads where the config leaves it open; the loop and the fetcher
-SECRET = re.compile(
-    r"\b(AKIA|ASIA)[A-Z0-9]{16}\b|AWS_(ACCESS_KEY_ID|SECRET_ACCESS_KEY|SESSION_TOKEN)|://[^/\s]*@",
-    re.IGNORECASE,
-)
 
 
 def manifest(
@@ -154,7 +151,7 @@ def _refuse_unseen(config: RunConfig, data: str, out: str) -> None:
 
 
 def refuse_secrets(text: str) -> None:
-    if SECRET.search(text):
+    if has_secret(text):
         raise UserError(
             "keys and passwords do not belong in a manifest: the machines get theirs by --service-account, --secret or "
             "--instance-profile"

@@ -3,12 +3,12 @@
 import datetime
 import json
 import math
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from cluster.secrets import without_secrets
 from cluster.terminal import console, write_file
 from pipeline.storage import open_store
 
@@ -17,13 +17,6 @@ if TYPE_CHECKING:
 
 TEMPLATE = Path(__file__).with_name("report.html")
 MOST_ROWS = 200  # of a table, the newest
-# What no page may show: names and passwords in URLs, signed URLs, and keys of AWS.
-SECRETS = (
-    (re.compile(r"(://)[^/\s@]+@"), r"\1…@"),
-    (re.compile(r"(?i)([?&][\w.-]*(?:token|sig|secret|key|passw|credential)[\w.-]*=)[^&\s'\"]+"), r"\1…"),
-    (re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"), "…"),
-)
-
 PART_NAMES = {
     "data_wait": "waiting for data",
     "host_to_device": "copies to the device",
@@ -89,12 +82,6 @@ def draw_page(found: "Found") -> str:
         evaluations=found.evaluations[-MOST_ROWS:],
         versions=_versions(found),
     )
-
-
-def without_secrets(text: str) -> str:
-    for pattern, instead in SECRETS:
-        text = pattern.sub(instead, text)
-    return text
 
 
 def duration(seconds: float) -> str:

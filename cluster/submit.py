@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import re
 import shlex
 import shutil
 import subprocess
@@ -24,13 +23,13 @@ from tenacity import (
     wait_random_exponential,
 )
 
+from cluster.secrets import has_secret, names_secret
 from cluster.terminal import console
 from pipeline.errors import UserError
 
 MOST_BYTES = 100 << 20  # of the working tree; Ray takes 512 MiB
 PATIENCE_S = 5.0  # until the log is asked for again, when the connection is lost
 TIMEOUT_S = 10.0  # of a question to the job server
-SECRET = re.compile(r"secret|token(?!izer)|passw|credential|access_key|api_?key", re.IGNORECASE)
 PLACES = ("data", "out", "init", "val", "run")  # options and arguments that are folders or URLs
 SAFE = (
     "secrets do not belong in a job, whose description anybody on the cluster can read: give the machines a role, "
@@ -110,7 +109,7 @@ def _variable(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise UserError(f"--env {name}: write NAME=VALUE")
-    if SECRET.search(name) or re.search(r"\b(AKIA|ASIA)[A-Z0-9]{16}\b|://[^/\s]*@", value):
+    if names_secret(name) or has_secret(value):
         raise UserError(f"--env {name}: {SAFE}")
     return name, value
 
@@ -121,7 +120,7 @@ def check_command(root: click.Group, words: tuple[str, ...]) -> None:
     command = root.commands.get(name)
     if command is None or name == "submit":
         raise UserError(f"{name}: no command that can be a job; pretrain, say")
-    if any(re.search(r"://[^/\s]*:[^/\s]*@", word) for word in words):
+    if has_secret(" ".join(words)):
         raise UserError(SAFE)
     if isinstance(command, click.Group):  # its own commands say what they take
         return
