@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
+from cluster.places import places_in
 from cluster.secrets import has_secret
 from pipeline.errors import UserError
 from trainer.classifier import Encoder
-from trainer.config import FinetuneConfig, LabelledRunConfig, PretrainConfig, RunConfig
+from trainer.config import FinetuneConfig, PretrainConfig, RunConfig
 from trainer.device import dtype_of
 from trainer.mae import MAE
 from trainer.recipe import dump_config
@@ -127,14 +128,8 @@ def state_bytes(config: RunConfig) -> int:
 
 def _refuse_unseen(config: RunConfig, data: str, out: str) -> None:
     """UserError for what machines elsewhere cannot see, or shells would read as something else."""
-    places: dict[str, str | None] = {"--data": data, "--out": out}
-    if isinstance(config, LabelledRunConfig):
-        places |= {"data.val": config.data.val, "init": None if config.init == "scratch" else config.init.run}
-    if isinstance(config, PretrainConfig) and config.knn:
-        places["knn.val"] = config.knn.val
+    places = {"--data": data, "--out": out} | places_in(config.model_dump())
     for key, url in places.items():
-        if url is None:
-            continue
         if "://" not in url or url.startswith(("file:", "local:", "memory:")):
             raise UserError(f"{key} {url}: workers on other machines cannot see it: give an s3:// URL")
         if shlex.quote(url) != url:

@@ -23,6 +23,7 @@ from tenacity import (
     wait_random_exponential,
 )
 
+from cluster.places import OPTIONS, places_in
 from cluster.secrets import has_secret, names_secret
 from cluster.terminal import console
 from pipeline.errors import UserError
@@ -30,7 +31,6 @@ from pipeline.errors import UserError
 MOST_BYTES = 100 << 20  # of the working tree; Ray takes 512 MiB
 PATIENCE_S = 5.0  # until the log is asked for again, when the connection is lost
 TIMEOUT_S = 10.0  # of a question to the job server
-PLACES = ("data", "out", "init", "val", "run")  # options and arguments that are folders or URLs
 SAFE = (
     "secrets do not belong in a job, whose description anybody on the cluster can read: give the machines a role, "
     "or mount a secret in them"
@@ -130,21 +130,29 @@ def check_command(root: click.Group, words: tuple[str, ...]) -> None:
         if Path(recipe).is_absolute() or ".." in Path(recipe).parts:
             raise UserError(f"--config {recipe}: it has to lie in this folder, which goes to the cluster")
         _check_config(name, recipe, given)
-    for option in PLACES:
+    for option in OPTIONS:
         for place in [given[option]] if isinstance(given.get(option), str) else given.get(option) or ():
-            if place != "scratch" and "://" not in place and not place.startswith("/"):
-                raise UserError(
-                    f"{place}: machines of the cluster do not have this folder: give an s3:// URL, or a whole path that "
-                    "they share"
-                )
+            _check_place(place)
 
 
 def _check_config(name: str, recipe: str, given: dict[str, Any]) -> None:
     from cluster.options import keys_of
-    from trainer.recipe import KINDS, load_config
+    from trainer.recipe import KINDS, parse_config, read_recipe
 
     if name in KINDS:
-        load_config(KINDS[name], recipe, given["overrides"], keys_of(given.get("init"), given.get("val")))
+        keys = keys_of(given.get("init"), given.get("val"))
+        tree = read_recipe(recipe, given["overrides"], keys)
+        parse_config(KINDS[name], tree, recipe)
+        for key, place in places_in(tree).items():  # a parsed config has whole paths, as they would be here
+            _check_place(place, f"{key} ")
+
+
+def _check_place(place: str, key: str = "") -> None:
+    if place != "scratch" and "://" not in place and not place.startswith("/"):
+        raise UserError(
+            f"{key}{place}: machines of the cluster do not have this folder: give an s3:// URL, or a whole path that they "
+            "share"
+        )
 
 
 def entrypoint(words: tuple[str, ...], retry: int) -> str:

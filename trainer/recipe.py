@@ -46,8 +46,14 @@ C = TypeVar("C", bound=RunConfig)
 def load_config(
     kind: type[C], path: str | Path, overrides: tuple[str, ...] = (), keys: dict[str, Any] | None = None
 ) -> C:
-    """A recipe's YAML with a tree of `keys` on top, and with `key.key=value` overrides on top of that. UserError names every
-    mistake at once."""
+    """A config of what `read_recipe` reads. UserError names every mistake at once."""
+    return parse_config(kind, read_recipe(path, overrides, keys), str(path))
+
+
+def read_recipe(
+    path: str | Path, overrides: tuple[str, ...] = (), keys: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """A recipe's YAML with a tree of `keys` on top, and with `key.key=value` overrides on top of that."""
     file = Path(path)
     if file.parts[:1] == ("recipes",) and not file.exists():
         file = SHIPPED / file
@@ -64,7 +70,7 @@ def load_config(
         tree[key] = tree[key] | value if both and key != "init" else value
     for override in overrides:
         _override(tree, override)
-    return parse_config(kind, tree, str(path))
+    return tree
 
 
 def with_overrides(config: C, overrides: tuple[str, ...], where: str) -> C:

@@ -85,6 +85,15 @@ def test_what_could_not_run_there_is_refused_here(tree: Path, monkeypatch: pytes
     assert "do not have this folder" in refused(
         *here, "knn", "runs/a", "--data", "s3://b/d", "--val", "s3://b/v"
     )
+    in_a_recipe = refused(*here, *JOB, *there, "knn={val: shards/val}")
+    assert "knn.val shards/val: machines of the cluster do not have this folder" in in_a_recipe
+    (tree / "probe.yaml").write_text("task: linprobe\ninit: {run: runs/base}\ndata: {val: s3://bucket/val}\n")
+    probe = ("linprobe", "--config", "probe.yaml", *there)
+    assert "init.run runs/base: machines of the cluster" in refused(*here, *probe)
+    assert "data.val ~/val: machines of the cluster" in refused(
+        *here, *probe, "--val", "~/val", "--init", "scratch"
+    )
+    assert "no job server answers there" in refused(*here, *probe, "--init", "/mnt/runs/base")
     assert "no such config" in refused(*here, "pretrain", "--config", "none.yaml", *there)
     assert "has to lie in this folder" in refused(*here, "pretrain", "--config", "/etc/x.yaml", *there)
     assert "did you mean epochs?" in refused(*here, *JOB, *there, "epoch=3")
