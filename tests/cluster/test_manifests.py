@@ -214,6 +214,16 @@ def test_the_head_and_the_end_of_pods() -> None:
     on_head = environment(head["template"]["spec"])
     assert float(on_head["RAY_JOB_STOP_WAIT_TIME_S"]) < DRAIN_S
     assert any("spot" in toleration["key"] for toleration in pods["tolerations"])
+    # Workers prefer the very machines that the head avoids: on one label each, as a machine has those of one cloud alone.
+    elsewhere = head["template"]["spec"]["affinity"]["nodeAffinity"][
+        "requiredDuringSchedulingIgnoredDuringExecution"
+    ]
+    (avoided,) = [term["matchExpressions"] for term in elsewhere["nodeSelectorTerms"]]
+    liked = pods["affinity"]["nodeAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
+    assert [term["preference"]["matchExpressions"] for term in liked] == [
+        [label | {"operator": "In"}] for label in avoided
+    ]
+    assert {label["operator"] for label in avoided} == {"NotIn"}
 
     cluster = aws()
     types = cluster["available_node_types"]
@@ -406,6 +416,10 @@ spec.rayClusterSpec.workerGroupSpecs[].template.spec.tolerations[].key str
 spec.rayClusterSpec.workerGroupSpecs[].template.spec.tolerations[].operator str
 spec.rayClusterSpec.workerGroupSpecs[].template.spec.tolerations[].effect str
 spec.rayClusterSpec.workerGroupSpecs[].template.spec.tolerations[].value str
+spec.rayClusterSpec.workerGroupSpecs[].template.spec.affinity.nodeAffinity.preferredDuringSchedulingIgnoredDuringExecution[].weight int
+spec.rayClusterSpec.workerGroupSpecs[].template.spec.affinity.nodeAffinity.preferredDuringSchedulingIgnoredDuringExecution[].preference.matchExpressions[].key str
+spec.rayClusterSpec.workerGroupSpecs[].template.spec.affinity.nodeAffinity.preferredDuringSchedulingIgnoredDuringExecution[].preference.matchExpressions[].operator str
+spec.rayClusterSpec.workerGroupSpecs[].template.spec.affinity.nodeAffinity.preferredDuringSchedulingIgnoredDuringExecution[].preference.matchExpressions[].values[] str
 spec.rayClusterSpec.workerGroupSpecs[].template.spec.containers[].name str
 spec.rayClusterSpec.workerGroupSpecs[].template.spec.containers[].image str
 spec.rayClusterSpec.workerGroupSpecs[].template.spec.containers[].envFrom[].secretRef.name str
