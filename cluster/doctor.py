@@ -6,6 +6,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
@@ -153,10 +154,7 @@ def storage(url: str | None) -> Iterator[Finding]:
     what, mend = "opened", ""
     try:
         store = open_store(url)
-        what, mend = (
-            "written",
-            "the key needs the right to put objects, and delete them; or the folder has to be there",
-        )
+        what, mend = "written", "the key needs the right to put objects; or the folder has to be there"
         store.write(name, PROBE)
         try:
             what, mend = "read", "the key needs the right to get objects"
@@ -165,8 +163,12 @@ def storage(url: str | None) -> Iterator[Finding]:
             what, mend = "read in part", "the server has to answer ranges (206)"
             if store.read_range(name, 1000, 5000) != PROBE[1000:6000]:
                 raise OSError("other bytes came back than were written")
-        finally:
-            store.remove([name])
+        except (UserError, OSError):
+            with suppress(UserError, OSError):  # the first reason is the one to mend
+                store.remove([name])
+            raise
+        what, mend = "removed", "the key needs the right to delete objects"
+        store.remove([name])
     except (UserError, OSError) as error:
         yield Finding("bad", f"{url} cannot be {what}: {error}", mend)
     else:

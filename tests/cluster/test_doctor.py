@@ -57,6 +57,25 @@ def test_a_broken_key_and_a_tiny_shared_memory_are_told(s3: str) -> None:
     assert "wrong" not in done.stdout
 
 
+@pytest.mark.parametrize("readable", [True, False])
+def test_what_cannot_be_removed_is_told_unless_something_else_is_wrong(
+    readable: bool, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(*_: object, **__: object) -> bytes:
+        raise PermissionError("denied")
+
+    store = open_store(f"{s3}/undeletable")
+    monkeypatch.setattr(store.fs, "rm_file", denied)
+    if not readable:
+        monkeypatch.setattr(store.fs, "cat_file", denied)
+    (finding,) = doctor.storage(store.url)
+    assert finding.state == "bad"
+    what, right = ("removed", "delete") if readable else ("read", "get")
+    assert finding.says.startswith(f"{store.url} cannot be {what}: ")
+    assert "denied" in finding.says
+    assert finding.mend == f"the key needs the right to {right} objects"
+
+
 def test_a_gpu_that_torch_does_not_see_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine's own program that says so is a stand-in: there is no such GPU here."""
     smi = tmp_path / "nvidia-smi"
