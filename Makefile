@@ -1,9 +1,10 @@
-# make demo | test | soak | bench-peers | bench-storage | dist | image | setup; each does its own set-up in .venv. STORE=s3 runs the
-# demo on a local S3. IMAGES=DIR gives the benchmark photographs. TARGET=cpu (or gpu) makes one image alone.
+# make demo | test | soak | bench-peers | bench-storage | dist | image | demo-docker | setup; each does its own set-up in .venv.
+# STORE=s3 runs the demo on a local S3. IMAGES=DIR gives the benchmark photographs. TARGET=cpu (or gpu) makes one image alone.
 PYTHON ?= python3
 BIN := .venv/bin
 STORE ?= local
 TARGET ?= cpu gpu
+COMPOSE := docker compose -f docker/compose.yaml
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -12,7 +13,7 @@ pinned = $(shell grep -o '^$(1)==[^ ;]*' requirements-dev.lock)
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 DALI_HOST := sys_platform == "linux" and platform_machine == "x86_64"
 
-.PHONY: setup test check soak demo s3 lock bench-peers bench-storage dist image
+.PHONY: setup test check soak demo s3 lock bench-peers bench-storage dist image demo-docker
 
 setup: .venv/.ready
 
@@ -95,6 +96,15 @@ image:
 	    docker build -f docker/Dockerfile --target $$target -t maestream:$(VERSION)-$$target \
 	        --build-arg VERSION=$(VERSION) --build-arg REVISION="$$(git describe --always --dirty --abbrev=40 --exclude '*')" . ; \
 	done
+
+# A cluster of containers on this machine, and the demo's run across them: docker/compose.yaml.
+demo-docker:
+	$(COMPOSE) build
+	@docker rm -f maestream-demo >/dev/null 2>&1 || true
+	$(COMPOSE) run --name maestream-demo demo
+	@mkdir -p runs && rm -rf runs/demo-docker && docker cp maestream-demo:/home/maestream/demo runs/demo-docker
+	@docker rm maestream-demo >/dev/null
+	@echo "runs/demo-docker has report and picture; all is still up: $(COMPOSE) down --volumes ends it"
 
 # Renew the pins. Torch is pinned without its build's suffix, so that any build of that version will do.
 lock: setup
