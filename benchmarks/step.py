@@ -34,8 +34,9 @@ from benchmarks.plain_mae import PlainLoop
 from benchmarks.report import RESULTS, cpu_model
 from pipeline.cores import available_cores
 from trainer.bench import make_bench, resident_batch
-from trainer.config import ModelConfig, PretrainConfig
+from trainer.config import PretrainConfig
 from trainer.device import autocast, compiles
+from trainer.layouts import transformers_config
 from trainer.recipe import load_config
 
 ROUNDS = 3
@@ -56,7 +57,7 @@ def graphed(config: PretrainConfig, device: torch.device) -> Step:
 
 
 def theirs(config: PretrainConfig, device: torch.device, compiled: bool) -> Step:
-    model = reference(config.model).to(device)
+    model = ViTMAEForPreTraining(ViTMAEConfig(**transformers_config(config.model))).to(device)
     called = torch.compile(model, dynamic=False) if compiled else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
     images = torch.randn(config.global_batch, 3, *config.model.size, device=device)
@@ -69,25 +70,6 @@ def theirs(config: PretrainConfig, device: torch.device, compiled: bool) -> Step
         optimizer.zero_grad()
 
     return step
-
-
-def reference(config: ModelConfig) -> ViTMAEForPreTraining:
-    return ViTMAEForPreTraining(
-        ViTMAEConfig(
-            image_size=config.image_size,
-            patch_size=config.patch_size,
-            hidden_size=config.width,
-            num_hidden_layers=config.depth,
-            num_attention_heads=config.heads,
-            intermediate_size=4 * config.width,
-            decoder_hidden_size=config.decoder_width,
-            decoder_num_hidden_layers=config.decoder_depth,
-            decoder_num_attention_heads=config.decoder_heads,
-            decoder_intermediate_size=4 * config.decoder_width,
-            mask_ratio=config.mask_ratio,
-            norm_pix_loss=config.norm_pix,
-        )
-    )
 
 
 def plain(config: PretrainConfig, device: torch.device) -> Step:

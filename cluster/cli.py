@@ -17,7 +17,8 @@ from cluster.report import report
 from cluster.shards import shards
 from cluster.study import study
 from cluster.submit import submit
-from cluster.terminal import console, write_file
+from cluster.terminal import console
+from cluster.weights import export, import_, reconstruct
 from pipeline.errors import UserError
 from pipeline.manifest import open_dataset
 
@@ -126,14 +127,15 @@ def _train(
 
 @cli.command()
 @trains
-def pretrain(**how: Any) -> None:
+@click.option("--init", help="A run, or others' weights, that it begins with.")
+def pretrain(init: str | None, **how: Any) -> None:
     """Pre-train an MAE, or resume it."""
-    _train("pretrain", **how)
+    _train("pretrain", **how, keys=keys_of(init, None))
 
 
 @cli.command()
 @trains
-@click.option("--init", help="The run whose encoder is trained on; or scratch.")
+@click.option("--init", help="The run, or others' weights, whose encoder is trained on; or scratch.")
 @click.option("--val", help="A dataset with the same classes, to be evaluated on.")
 def finetune(init: str | None, val: str | None, **how: Any) -> None:
     """Train an encoder and a head to name classes: all blocks, the last ones (blocks=2), or from scratch."""
@@ -142,53 +144,14 @@ def finetune(init: str | None, val: str | None, **how: Any) -> None:
 
 @cli.command()
 @trains
-@click.option("--init", help="The run whose encoder is probed; or scratch.")
+@click.option("--init", help="The run, or others' weights, whose encoder is probed; or scratch.")
 @click.option("--val", help="A dataset with the same classes, to be evaluated on.")
 def linprobe(init: str | None, val: str | None, **how: Any) -> None:
     """Train a linear classifier on what a frozen encoder says."""
     _train("linprobe", **how, keys=keys_of(init, val))
 
 
-for command in (checkpoints, doctor, evaluate, features, knn, manifests, report, study, submit):
+for command in (
+    checkpoints, doctor, evaluate, export, features, import_, knn, manifests, reconstruct, report, study, submit,
+):  # fmt: skip
     cli.add_command(command)
-
-
-@cli.command()
-@click.argument("run")
-@click.option("--data", required=True, help="The dataset to look at; held-out images tell more.")
-@click.option(
-    "--grid", required=True, type=click.Path(dir_okay=False, writable=True), help="Where to write the PNG."
-)
-@click.option(
-    "--count", type=click.IntRange(min=1), default=64, show_default=True, help="Images the error is over."
-)
-def reconstruct(run: str, data: str, grid: str, count: int) -> None:
-    """A picture of original, masked and reconstructed images by a run's newest checkpoint, and its error."""
-    from pipeline.decode import make_decoder
-    from pipeline.storage import open_store
-    from trainer.checkpoint import chosen_step, load_weights
-    from trainer.config import PretrainConfig
-    from trainer.device import best_device
-    from trainer.mae import MAE
-    from trainer.reconstruct import draw_grid, evenly_spread, reconstruct
-    from trainer.run import read_config
-
-    store = open_store(run)
-    config = read_config(store)
-    if not isinstance(config, PretrainConfig):
-        raise UserError(f"{store.url} is a run of `maestream {config.task}`, which reconstructs nothing")
-    step = chosen_step(store, None)
-    dataset = open_dataset(data)
-    model = MAE(config.model)
-    load_weights(store, step, model)
-    device = best_device()
-    batch = evenly_spread(dataset, make_decoder("auto", config.model.size, 4), count)
-    result = reconstruct(model.to(device), batch.images.to(device), batch.sample_ids.to(device), config.seed)
-    write_file(grid, draw_grid(result))
-    kind, baseline = "patches", "the mean of the visible pixels"
-    if config.model.norm_pix:
-        kind, baseline = "normalised patches", "each patch's own mean"
-    console.print(
-        f"step {step}: error over masked {kind} {result.error:.4f} ({len(batch.images)} images); filling with "
-        f"{baseline} gives {result.baseline:.4f}, so {result.error / result.baseline:.0%} of it → {grid}"
-    )

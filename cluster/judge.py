@@ -9,7 +9,6 @@ import click
 import numpy as np
 
 from cluster.terminal import console, counting
-from pipeline.augment import CENTRE
 from pipeline.errors import UserError
 from pipeline.manifest import NO_LABEL, Dataset, open_dataset
 from pipeline.storage import Store, open_store
@@ -57,19 +56,39 @@ def _size(text: str | None) -> tuple[int, int] | None:
 
 def _about(run: str, step: int | None, crop: float | None, **how: Any) -> Part:
     """What all parts have in common."""
-    from trainer.checkpoint import chosen_step
-    from trainer.config import FinetuneConfig, LabelledRunConfig
-    from trainer.recipe import with_overrides
-    from trainer.run import read_config
+    from trainer.config import ClassifierConfig
+    from trainer.pretrained import describe, resized_model
 
-    store = open_store(run)
-    config = read_config(store)
-    if isinstance(config, FinetuneConfig) and how.get("pool", "class") != "class":
+    about = describe(run, step)
+    assert about.store is not None
+    if isinstance(about.model, ClassifierConfig) and how.get("pool", "class") != "class":
         raise UserError("--pool: the features of a fine-tuned encoder are what its head reads")
     if size := how.get("size"):  # before anything is written
-        with_overrides(config, (f"model.image_size={list(size)}",), "--image-size")
-    trained = config.data.val_crop if isinstance(config, LabelledRunConfig) else CENTRE
-    return Part(store.url, chosen_step(store, step), data="", first=0, last=0, crop=crop or trained, **how)
+        resized_model(about.model, size, "--image-size")
+    return Part(about.store.url, about.step, data="", first=0, last=0, crop=crop or about.crop, **how)
+
+
+def _said(about: Part) -> str:
+    return f"step {about.step}" if about.step else about.run
+
+
+def _check_classes(about: Part, dataset: Dataset) -> None:
+    """UserError where a dataset has other classes than a model names, or has them in another order."""
+    from trainer.config import ClassifierConfig
+    from trainer.pretrained import describe
+    from trainer.run import check_trained_classes
+
+    model = describe(about.run, about.step)
+    if model.run:
+        check_trained_classes(open_store(about.run), dataset)
+    elif not isinstance(model.model, ClassifierConfig):
+        raise UserError(
+            f"{about.run} is an encoder, and names no classes: fine-tune or probe it, or try `maestream knn`"
+        )
+    elif model.classes not in (dataset.manifest.classes, len(dataset.manifest.classes)):
+        raise UserError(
+            f"{dataset.store.url} has other classes than {about.run} names, or has them in another order"
+        )
 
 
 def parts_of(dataset: Dataset, about: Part, samples: int) -> Iterator[Part]:
@@ -91,22 +110,21 @@ def evaluate(run: str, data: str, step: int | None, tasks: int | None, **how: An
     from cluster.sharding import ray_tasks
     from trainer.evaluate import COLUMNS, described
     from trainer.features import answers_of
-    from trainer.run import check_trained_classes
 
     about, dataset = _about(run, step, **how), open_dataset(data)
     store = open_store(run)
-    check_trained_classes(store, dataset)
+    _check_classes(about, dataset)
     sums = np.zeros(len(COLUMNS))
     with ray_tasks(tasks, models=True) as do, counting("images", dataset.samples) as more:
         for part in do(answers_of, parts_of(dataset, about, PART_SAMPLES)):
             sums += part
             more(int(part[0]))
     result: dict[str, Any] = described(sums.tolist(), dataset)
-    name = f"evaluations/step-{about.step:08d}-{dataset.fingerprint[:12]}-crop-{about.crop:g}.json"
+    name = f"evaluations/step-{about.step or 0:08d}-{dataset.fingerprint[:12]}-crop-{about.crop:g}.json"
     result |= {"step": about.step, "data": dataset.store.url, "crop": about.crop}
     store.write(name, (json.dumps(result, indent=1) + "\n").encode())
     console.print(
-        f"step {about.step}: top-1 {result['val_top1']:.2f} %, top-5 {result['val_top5']:.2f} %, loss "
+        f"{_said(about)}: top-1 {result['val_top1']:.2f} %, top-5 {result['val_top5']:.2f} %, loss "
         f"{result['val_loss']:.4f}, {dataset.samples:,} images, {result['val_bad']:.0f} of them bad"
     )
 
@@ -135,14 +153,14 @@ def features(run: str, data: str, out: str, step: int | None, tasks: int | None,
             rows += good
             more(part.last - part.first)
     bad = dataset.samples - rows
-    console.print(f"step {about.step}: features of {rows:,} images, {bad} are bad → {out}")
+    console.print(f"{_said(about)}: features of {rows:,} images, {bad} are bad → {out}")
 
 
 def _samples_a_part(about: Part) -> int:
     """So many that their features fit into PART_BYTES."""
-    from trainer.run import read_config
+    from trainer.pretrained import describe
 
-    model = read_config(open_store(about.run)).model
+    model = describe(about.run, about.step).model
     height, width = about.size or model.size
     vectors = (height // model.patch_size) * (width // model.patch_size) if about.pool == "patches" else 1
     return min(PART_SAMPLES, max(PART_BYTES // (vectors * model.width * 4), 1))
@@ -218,7 +236,7 @@ def knn(
     # What cannot be read counts as wrong.
     top1, top5 = (100 * hits.sum().item() / queries.samples for hits in (right[:, 0], right.any(dim=1)))
     console.print(
-        f"step {about.step}: {neighbours} nearest neighbours: top-1 {top1:.2f} %, top-5 {top5:.2f} %, "
+        f"{_said(about)}: {neighbours} nearest neighbours: top-1 {top1:.2f} %, top-5 {top5:.2f} %, "
         f"{queries.samples:,} images by {len(known):,}"
     )
 

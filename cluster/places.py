@@ -1,9 +1,9 @@
-"""Folders and URLs that a run works with, and which of them other machines may lack."""
+"""Folders, files and URLs that a run works with, and which of them other machines may lack."""
 
 from typing import Any
 
-OPTIONS = ("data", "out", "init", "val", "run")  # and arguments
-KEYS = ("data.val", "init.run", "knn.val")  # of configs
+OPTIONS = ("data", "out", "init", "val", "run", "file", "images")  # and arguments
+KEYS = ("data.val", "init", "init.run", "knn.val")  # of configs
 
 
 def places_in(config: dict[str, Any]) -> dict[str, str]:
@@ -13,6 +13,6 @@ def places_in(config: dict[str, Any]) -> dict[str, str]:
         value: Any = config
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
-        if isinstance(value, str):
+        if isinstance(value, str) and value != "scratch":
             found[key] = value
     return found

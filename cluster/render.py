@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from cluster.places import places_in
-from cluster.secrets import has_secret
 from pipeline.errors import UserError
+from pipeline.secrets import has_secret
 from trainer.classifier import Encoder
 from trainer.config import FinetuneConfig, PretrainConfig, RunConfig
 from trainer.device import dtype_of

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cluster.secrets import without_secrets
 from cluster.terminal import console, write_file
+from pipeline.secrets import without_secrets
 from pipeline.storage import open_store
 
 if TYPE_CHECKING:

@@ -24,9 +24,9 @@ from tenacity import (
 )
 
 from cluster.places import OPTIONS, places_in
-from cluster.secrets import has_secret, names_secret
 from cluster.terminal import console
 from pipeline.errors import UserError
+from pipeline.secrets import has_secret, names_secret
 
 MOST_BYTES = 100 << 20  # of the working tree; Ray takes 512 MiB
 PATIENCE_S = 5.0  # until the log is asked for again, when the connection is lost

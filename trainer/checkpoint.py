@@ -26,6 +26,7 @@ from trainer.run import Run, check_newest, in_history, read_starts
 
 FOLDER = "checkpoints"
 MARKER = "COMMITTED"
+EMA = "ema"  # the name of averaged weights among the optimizer's state, see trainer.finetune
 BACK = "remove its folder to go on from the checkpoint before"
 
 

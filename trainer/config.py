@@ -1,10 +1,12 @@
 """The typed config of a run. `trainer.recipe` reads it from YAML."""
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationInfo,
@@ -291,30 +293,48 @@ class KnnConfig(_Config):
     asked: Count = 5_000
 
 
+class InitConfig(_Config):
+    """The weights that a run begins with: of the newest commit of a run, or of the commit of one of its steps (which one is
+    fixed when the run first starts); or of a model's folder or file of others (see trainer.pretrained)."""
+
+    run: Place
+    step: Count | None = None
+
+    @model_validator(mode="after")
+    def _tells_nothing(self) -> "InitConfig":
+        if re.search(r"://[^/]*@|^https?:.*\?", self.run):
+            raise ValueError(
+                "a URL with a name, a password or a query does not belong in a config, which is kept: `maestream import` the "
+                "file, and give the folder"
+            )
+        return self
+
+
+def _place_alone(value: Any) -> Any:
+    """init: PLACE is short for init: {run: PLACE}."""
+    return {"run": value} if isinstance(value, str) and value != "scratch" else value
+
+
+Init = Annotated[InitConfig | Literal["scratch"], BeforeValidator(_place_alone)]  # scratch: random weights
+
+
 class PretrainConfig(RunConfig):
     """A pre-training run. Defaults are the paper's (Table 8; epochs: Table 1)."""
 
     task: Literal["pretrain"] = "pretrain"
     global_batch: Count = 4096
     epochs: Positive = 800
+    init: Init = "scratch"
     knn: KnnConfig | None = None
     jitter: Share = 0.0  # how far brightness, contrast and saturation may go from 1 (paper, Table 1e)
     model: ModelConfig = ModelConfig()
     optim: AdamWConfig = AdamWConfig()
 
 
-class InitConfig(_Config):
-    """The encoder that a run begins with: of the newest commit of a run, or of the commit of one of its steps.
-    Which one is fixed when the run first starts."""
-
-    run: Place
-    step: Count | None = None
-
-
 class LabelledRunConfig(RunConfig):
     """What runs have that train on labels, and begin with an encoder."""
 
-    init: InitConfig | Literal["scratch"]  # scratch: random weights
+    init: Init
     data: LabelledDataConfig = LabelledDataConfig()
     evaluate_every: Positive  # epochs
 

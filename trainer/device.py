@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
@@ -15,13 +16,20 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
+class Precise(Protocol):
+    """What says in which precision it is computed: a run's config, or what is known of a model."""
+
+    @property
+    def precision(self) -> str: ...
+
+
+def autocast(config: Precise, device: torch.device) -> torch.autocast:
     bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
 def in_precision(
-    says: Callable[[torch.Tensor], torch.Tensor], config: RunConfig, device: torch.device
+    says: Callable[[torch.Tensor], torch.Tensor], config: Precise, device: torch.device
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """What a model says of images, as it would in training."""
 

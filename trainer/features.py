@@ -12,18 +12,15 @@ import torch
 from pipeline.decode import Decoder, Size, make_decoder
 from pipeline.manifest import open_dataset
 from pipeline.parquet import to_parquet
-from pipeline.storage import Store, explained, open_shared, open_store
-from trainer.checkpoint import read_state, read_weights
+from pipeline.storage import explained, open_shared
+from trainer.checkpoint import read_weights
 from trainer.classifier import Classifier, Encoder
-from trainer.config import FinetuneConfig, InitConfig, LinprobeConfig, RunConfig
+from trainer.config import ClassifierConfig, LinprobeConfig
 from trainer.device import best_device, in_precision
 from trainer.evaluate import centred_batches, tally
-from trainer.finetune import EMA
-from trainer.initial import interpolated, load_encoder
 from trainer.linprobe import Probe
 from trainer.part import FEATURES, Part, Pool
-from trainer.recipe import with_overrides
-from trainer.run import read_config
+from trainer.pretrained import About, Pretrained, describe, encoder_alone, read_pretrained, resized
 
 
 class Model(NamedTuple):
@@ -35,45 +32,39 @@ class Model(NamedTuple):
 
 
 @functools.lru_cache(maxsize=2)  # a task's process has many parts to do
-def _answering(run: str, step: int) -> Model:
+def _answering(run: str, step: int | None) -> Model:
     """The logits of a classifier."""
-    store = open_store(run, known=True)
-    config = read_config(store)
-    weights = _weights(store, step, config)
-    model: Classifier | Probe
-    if isinstance(config, FinetuneConfig):
-        model = Classifier(config.model, len(weights["head.weight"]))
-    else:
-        assert isinstance(config, LinprobeConfig)
-        model = Probe(config, len(weights["linear.weight"]))
-    model.load_state_dict(weights)
-    return _on_device(model.to(best_device()), config, config.model.size)
+    about = describe(run, step, known=True)
+    if isinstance(about.run, LinprobeConfig):
+        assert about.store is not None
+        assert about.step is not None
+        weights = read_weights(about.store, about.step)
+        probe = Probe(about.run, len(weights["linear.weight"]))
+        probe.load_state_dict(weights)
+        return _on_device(probe.to(best_device()), about)
+    return _on_device(_classifier(read_pretrained(run, step, known=True)), about)
 
 
-def _weights(store: Store, step: int, config: RunConfig) -> dict[str, torch.Tensor]:
-    """Of a commit: the averaged ones, if those are what is evaluated."""
-    weights = read_weights(store, step)
-    if isinstance(config, FinetuneConfig) and config.optim.ema:
-        weights |= read_state(store, step, EMA)
-    return weights
+def _classifier(found: Pretrained) -> Classifier:
+    """A classifier on the device."""
+    assert isinstance(found.model, ClassifierConfig)
+    model = Classifier(found.model, len(found.weights["head.weight"]))
+    model.load_state_dict(found.weights)
+    return model.to(best_device())
 
 
 @functools.lru_cache(maxsize=2)
-def _describing(run: str, step: int, pool: Pool, size: Size | None) -> Model:
+def _describing(run: str, step: int | None, pool: Pool, size: Size | None) -> Model:
     """The features of an encoder: of a fine-tuned one what its head reads, else by `pool`."""
-    store = open_store(run, known=True)
-    config = read_config(store)
-    trained = config.model.grid
+    found = read_pretrained(run, step, known=True)
     if size:
-        config = with_overrides(config, (f"model.image_size={list(size)}",), "--image-size")
-    if isinstance(config, FinetuneConfig):
-        weights = _weights(store, step, config)
-        weights["pos_embed"] = interpolated(weights["pos_embed"], trained, config.model.grid)
-        classifier = Classifier(config.model, len(weights["head.weight"]))
-        classifier.load_state_dict(weights)
-        return _on_device(classifier.to(best_device()).features, config, config.model.size)
-    encoder = Encoder(config.model.encoder).to(best_device())
-    load_encoder(InitConfig(run=run, step=step), encoder, "norm")
+        found = resized(found, size)
+    if isinstance(found.model, ClassifierConfig):
+        return _on_device(_classifier(found).features, found.about)
+    found = encoder_alone(found)
+    encoder = Encoder(found.model)
+    encoder.load_state_dict(found.weights)
+    encoder.to(best_device())
 
     def says(images: torch.Tensor) -> torch.Tensor:
         tokens = encoder(images)
@@ -81,13 +72,13 @@ def _describing(run: str, step: int, pool: Pool, size: Size | None) -> Model:
             return tokens[:, 1:].unflatten(1, encoder.grid)
         return tokens[:, 0] if pool == "class" else tokens[:, 1:].mean(dim=1)
 
-    return _on_device(says, config, config.model.size)
+    return _on_device(says, found.about)
 
 
-def _on_device(says: Callable[[torch.Tensor], torch.Tensor], config: RunConfig, size: Size) -> Model:
+def _on_device(says: Callable[[torch.Tensor], torch.Tensor], about: About) -> Model:
     device = best_device()
-    decoder = make_decoder("auto", size, torch.get_num_threads(), device)
-    return Model(in_precision(says, config, device), decoder, device)
+    decoder = make_decoder("auto", about.model.size, torch.get_num_threads(), device)
+    return Model(in_precision(says, about, device), decoder, device)
 
 
 def answers_of(part: Part) -> list[float]:

@@ -12,6 +12,7 @@ from pipeline.decode import Decoder
 from pipeline.loader import Batch, TrainBatch
 from pipeline.manifest import Dataset, open_dataset
 from pipeline.order import Ints
+from trainer.checkpoint import EMA
 from trainer.classifier import Classifier
 from trainer.config import FinetuneConfig, InitConfig
 from trainer.device import dtype_of, in_precision
@@ -25,7 +26,6 @@ from trainer.randaugment import randaugment
 from trainer.run import Run
 
 HEAD_STD = 2e-5  # the authors' main_finetune.py: a head that says next to nothing at first
-EMA = "ema"  # the name of the averaged weights among the optimizer's state
 
 
 def finetune(config: FinetuneConfig, dataset: Dataset, run: Run) -> bool:

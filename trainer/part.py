@@ -13,7 +13,7 @@ class Part:
     """Some samples of a dataset, and whom to ask about them: what a task is given."""
 
     run: str
-    step: int
+    step: int | None  # of the run's commit; None where `run` is a model's folder, and no run
     data: str
     first: int
     last: int  # the first that is not in it any more

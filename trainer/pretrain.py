@@ -8,8 +8,9 @@ from torch import nn
 from pipeline.decode import Decoder
 from pipeline.loader import Batch, TrainBatch
 from pipeline.manifest import Dataset
-from trainer.config import PretrainConfig
+from trainer.config import InitConfig, PretrainConfig
 from trainer.device import dtype_of
+from trainer.initial import load_mae
 from trainer.loop import Task, train, train_step, wrapped
 from trainer.mae import MAE
 from trainer.masks import noise_of
@@ -44,11 +45,16 @@ def pretrain(config: PretrainConfig, dataset: Dataset, run: Run) -> bool:
 
         return draw
 
+    def begin() -> None:
+        if isinstance(config.init, InitConfig):
+            load_mae(config.init, model)
+
     task = Task(
         model,
         optimizer,
         config.model.size,
         step=lambda batch: pretrain_step(trained, optimizer, batch, config, run),
+        begin=begin,
         picture=picture,
         knn=(lambda decoder: OnlineKnn(config, dataset, decoder, run)) if config.knn else None,
         evaluate_every=config.knn.every if config.knn else 1.0,

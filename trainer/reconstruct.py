@@ -1,21 +1,31 @@
 """Pictures of what the model sees: original, masked, reconstruction; and how far off it is."""
 
 import io
+import logging
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
+from pipeline.augment import CENTRE, centre_crops
 from pipeline.decode import Decoder
 from pipeline.errors import UserError
-from pipeline.loader import Batch, centred_batch
+from pipeline.image_size import image_size
+from pipeline.items import IMAGE_EXTENSIONS, is_image
+from pipeline.loader import Batch, aspect_of, centred_batch
 from pipeline.manifest import Dataset
 from pipeline.order import Ints
+from pipeline.storage import Store
 from trainer.mae import MAE
 from trainer.masks import noise_of
 
 GREY = 128
+Statistics = Literal[
+    "original", "visible"
+]  # whose patches give normalised predictions their mean and variance
+log = logging.getLogger("maestream")
 MASK_EPOCH = 2**31  # no training epoch has it, so these masks are ones that were never trained on
 
 
@@ -31,12 +41,15 @@ class Reconstruction:
 
 
 @torch.no_grad()
-def reconstruct(model: MAE, images: torch.Tensor, sample_ids: torch.Tensor, seed: int) -> Reconstruction:
+def reconstruct(
+    model: MAE, images: torch.Tensor, sample_ids: torch.Tensor, seed: int, statistics: Statistics = "original"
+) -> Reconstruction:
     """Mask and reconstruct uint8[n, 3, h, w].
 
     The baseline fills masked patches with the mean of the image's visible pixels, per colour. A model trained
     on normalised patches does not know a patch's mean and variance: for the picture they are taken from the
-    original, the error is in normalised space, and its baseline is each patch's own mean.
+    original, or, which tells it nothing of what is masked, as the means of those of the image's visible patches. Its
+    error is in normalised space, and its baseline is each patch's own mean.
     """
     was_training = model.training
     model.eval()
@@ -51,8 +64,10 @@ def reconstruct(model: MAE, images: torch.Tensor, sample_ids: torch.Tensor, seed
     if model.config.norm_pix:
         baseline = torch.zeros_like(target)
         mean = patches.mean(dim=-1, keepdim=True)
-        std = (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
-        shown = prediction * std + mean
+        variance = patches.var(dim=-1, keepdim=True)
+        if statistics == "visible":
+            mean, variance = of_visible(mean, masked), of_visible(variance, masked)
+        shown = prediction * (variance + 1e-6).sqrt() + mean
     else:
         colours = patches.unflatten(-1, (-1, 3))  # [n, L, p · p, 3]
         seen = (~masked)[..., None, None]
@@ -75,6 +90,41 @@ def reconstruct(model: MAE, images: torch.Tensor, sample_ids: torch.Tensor, seed
         error=error,
         baseline=baseline_error,
     )
+
+
+def of_visible(values: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+    """The mean of float[n, L, 1] over the patches that are not masked (bool[n, L]): float[n, 1, 1]."""
+    seen = (~masked)[..., None].to(values.dtype)
+    return (values * seen).sum(dim=1, keepdim=True) / seen.sum(dim=1, keepdim=True)
+
+
+def images_of_folder(store: Store, decoder: Decoder, count: int) -> torch.Tensor:
+    """Centre crops of the first `count` images of a folder that can be read, by name; others are named in the log:
+    uint8[n, 3, h, w]. UserError where there is none."""
+    names = [name for name in store.names() if is_image(name)]
+    if not names:
+        raise UserError(f"{store.url}: there is no image (looked for {', '.join(IMAGE_EXTENSIONS)})")
+    found: list[torch.Tensor] = []
+    for name in names:
+        if len(found) == count:
+            break
+        try:
+            found.append(_centred(store.read(name), decoder))
+        except ValueError as error:
+            log.warning("%s is left out: %s", store.describe(name), error)
+    if not found:
+        raise UserError(f"{store.url}: none of {len(names)} images can be read")
+    return torch.cat(found)
+
+
+def _centred(data: bytes, decoder: Decoder) -> torch.Tensor:
+    """The centre crop of an encoded image: uint8[1, 3, h, w]. ValueError, with the reason, where it cannot be read."""
+    width, height = image_size(lambda size: data[:size], len(data))
+    box = centre_crops(np.array([height]), np.array([width]), CENTRE, aspect_of(decoder))
+    decoded = decoder([data], box, np.zeros(1, bool))
+    if decoded.bad:
+        raise ValueError(decoded.bad[0])
+    return decoded.images
 
 
 def spread_ids(dataset: Dataset, count: int) -> Ints:

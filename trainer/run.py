@@ -1,8 +1,7 @@
 """A run and its folder: who it is, what was fixed when it first started, and this worker's place in it.
 
 RUN/config.yaml          the config, with B, V, K as fixed
-RUN/run.json             run id, dataset fingerprint, steps of an epoch, at which step each attempt began, and versions of what
-                         computed
+RUN/run.json             run id, dataset, steps of an epoch, at which step each attempt began, and versions of what computed
 RUN/failed.json          what stopped the newest attempt, if that is for a person to mend
 RUN/lease.json           whose the run is, see trainer.lease
 RUN/events.jsonl         what became of its workers, see trainer.events
@@ -74,6 +73,7 @@ class Known:
     starts: list[int]  # the step at which each attempt began, the first attempt's first
     versions: dict[int, dict[str, str]] = field(default_factory=dict)  # by the first attempt that had these
     steps_per_epoch: int | None = None  # None: it was not kept when this run began
+    data: dict[str, Any] = field(default_factory=dict)  # the dataset's name, samples and number of classes
 
 
 def fix_order(config: C, dataset: Dataset) -> C:
@@ -156,6 +156,7 @@ def read_known(store: Store) -> Known:
             starts,
             versions,
             None if steps is None else int(steps),
+            dict(known.get("data", {})),  # runs of an older version lack it
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{store.describe(RUN)} is damaged ({error}): choose another --out") from None
@@ -191,7 +192,9 @@ def found_run(config: RunConfig, run: Run, dataset: Dataset) -> None:
         if isinstance(config, LabelledRunConfig):
             run.store.write(CLASSES, (json.dumps(dataset.manifest.classes) + "\n").encode())
         steps = make_order(config, dataset).steps_per_epoch
-        _write_known(run.store, Known(run.run_id, dataset.fingerprint, [], steps_per_epoch=steps))
+        name = dataset.store.url.rpartition("/")[2]  # not where it lies: a model's card tells it to everybody
+        data = {"name": name, "samples": dataset.samples, "classes": len(dataset.manifest.classes)}
+        _write_known(run.store, Known(run.run_id, dataset.fingerprint, [], steps_per_epoch=steps, data=data))
 
 
 def begin_attempt(run: Run, start: int) -> Run:

@@ -87,6 +87,7 @@ class ViT(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.patch_size = config.patch_size
+        self.heads = config.heads
         self.grid = config.grid
         self.patches = config.patches
         width = config.width
@@ -124,11 +125,11 @@ class ViT(nn.Module):
 
     def tokens(self, patches: torch.Tensor, seen: torch.Tensor | None = None) -> torch.Tensor:
         """Patches [n, L, p · p · 3], all of them or those at `seen` [n, K] → [n, 1 + K, width], positions added."""
-        positions = self.pos_embed[:, 1:].expand(len(patches), -1, -1)
+        positions = self.pos_embed[:, 1:].expand(patches.shape[0], -1, -1)  # `len` would fix it in exports
         if seen is not None:
             patches, positions = take(patches, seen), take(positions, seen)
         x = self.patch_embed(patches) + positions
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
         return torch.cat([cls, x], dim=1)
 
 

@@ -6,6 +6,7 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_position_embedding
 
 from trainer.config import ModelConfig, PretrainConfig
+from trainer.layouts import to_ours, to_transformers, transformers_config
 from trainer.mae import MAE
 from trainer.recipe import load_config
 from trainer.vit import sincos_positions
@@ -16,64 +17,14 @@ ODD = ModelConfig(
     decoder_width=64, decoder_depth=2, decoder_heads=2, mask_ratio=0.6, norm_pix=False,
 )  # fmt: skip
 
-TOP = {  # theirs → ours
-    "vit.embeddings.cls_token": "cls_token",
-    "vit.embeddings.position_embeddings": "pos_embed",
-    "vit.embeddings.patch_embeddings.projection": "patch_embed.proj",
-    "vit.layernorm": "norm",
-    "decoder.mask_token": "mask_token",
-    "decoder.decoder_pos_embed": "decoder_pos_embed",
-    "decoder.decoder_embed": "decoder_embed",
-    "decoder.decoder_norm": "decoder_norm",
-    "decoder.decoder_pred": "decoder_pred",
-}
-BLOCK = {
-    "attention.o_proj": "attn.proj",
-    "layernorm_before": "norm1",
-    "layernorm_after": "norm2",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-}
 
-
-def reference(config: ModelConfig) -> ViTMAEForPreTraining:
-    return ViTMAEForPreTraining(
-        ViTMAEConfig(
-            image_size=config.image_size,
-            patch_size=config.patch_size,
-            hidden_size=config.width,
-            num_hidden_layers=config.depth,
-            num_attention_heads=config.heads,
-            intermediate_size=4 * config.width,
-            decoder_hidden_size=config.decoder_width,
-            decoder_num_hidden_layers=config.decoder_depth,
-            decoder_num_attention_heads=config.decoder_heads,
-            decoder_intermediate_size=4 * config.decoder_width,
-            mask_ratio=config.mask_ratio,
-            norm_pix_loss=config.norm_pix,
-            layer_norm_eps=1e-6,
-        )
-    )
-
-
-def to_theirs(ours: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Our names → theirs; the fused qkv becomes three."""
-    theirs = {}
-    for name, tensor in ours.items():
-        prefix, dot, kind = name.rpartition(".")
-        prefix, kind = (name, "") if name in TOP.values() else (prefix, dot + kind)
-        if "blocks." not in name:
-            theirs[next(t for t, o in TOP.items() if o == prefix) + kind] = tensor
-            continue
-        stack, _, rest = prefix.partition(".")
-        number, _, layer = rest.partition(".")
-        stem = {"blocks": "vit.layers", "decoder_blocks": "decoder.decoder_layers"}[stack] + f".{number}."
-        if layer == "attn.qkv":
-            for part, piece in zip("qkv", tensor.chunk(3), strict=True):
-                theirs[f"{stem}attention.{part}_proj{kind}"] = piece
-        else:
-            theirs[stem + next(t for t, o in BLOCK.items() if o == layer) + kind] = tensor
-    return theirs
+def reference(
+    config: ModelConfig, weights: dict[str, torch.Tensor], dtype: torch.dtype
+) -> ViTMAEForPreTraining:
+    theirs = ViTMAEConfig(**transformers_config(config))
+    return ViTMAEForPreTraining.from_pretrained(
+        None, config=theirs, state_dict=to_transformers(weights, config), dtype=dtype
+    ).train()
 
 
 @pytest.mark.parametrize(
@@ -93,8 +44,7 @@ def test_same_numbers_as_the_published_model(
     for parameter in ours.parameters():  # biases too are something
         if parameter.requires_grad:
             parameter.data += 0.02 * torch.randn_like(parameter)
-    theirs = reference(config).to(dtype)
-    theirs.load_state_dict(to_theirs(ours.state_dict()))
+    theirs = reference(config, ours.state_dict(), dtype)
     images = torch.randn(2, 3, config.image_size, config.image_size, dtype=dtype)
     noise = torch.rand(2, config.patches)
 
@@ -107,11 +57,14 @@ def test_same_numbers_as_the_published_model(
     if dtype == torch.float64:
         loss.backward()
         expected.loss.backward()
-        theirs_by_name = dict(theirs.named_parameters())
+        gradients = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+        fused = to_ours(
+            gradients,
+            "theirs",
+        )  # the gradient of the key's bias alone is 0 but for noise
         for name, parameter in ours.named_parameters():
-            if parameter.requires_grad:  # qkv fused: the gradient of the key's bias alone is 0 but for noise
-                parts = [theirs_by_name[part].grad for part in to_theirs({name: parameter})]
-                assert close(parameter.grad, torch.cat(parts), tolerance), name
+            if parameter.requires_grad:
+                assert close(parameter.grad, fused[name], tolerance), name
 
 
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:

@@ -1,4 +1,4 @@
-"""What no job, manifest or page may show: passwords, keys and signed URLs."""
+"""What no job, manifest, page or card may show, and no config keep: passwords, keys and signed URLs."""
 
 import re
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.secrets import has_secret, names_secret, without_secrets
+from pipeline.secrets import has_secret, names_secret, without_secrets
 
 
 @pytest.mark.parametrize(
