@@ -6,10 +6,11 @@ import sys
 import urllib.request
 from pathlib import Path
 
-STARTED = Path("/tmp/ray/ray_current_cluster")  # written by `ray start`
+STARTED = Path("/tmp/ray/ray_current_cluster")  # written by `ray start`, when it is done
+FIRST = Path("/proc/1/cmdline").read_bytes().replace(b"\0", b" ")  # what the container was started with
 NODE = "http://127.0.0.1:52365/api/local_raylet_healthz"  # of Ray's agent; needs no token
 
-if STARTED.exists():
+if STARTED.exists() or b"ray start" in FIRST:
     try:
         urllib.request.urlopen(NODE, timeout=5).close()
     except OSError as error:
