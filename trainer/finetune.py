@@ -22,7 +22,6 @@ from trainer.loop import Task, train, train_step, wrapped
 from trainer.micro_batch import with_micro_batch
 from trainer.mixing import erase, mix, mixing_plan, partners, smooth_targets
 from trainer.optim import layered_adamw
-from trainer.randaugment import randaugment
 from trainer.run import Run
 
 HEAD_STD = 2e-5  # the authors' main_finetune.py: a head that says next to nothing at first
@@ -111,6 +110,8 @@ def augmented(
     seed, mixing = config.seed, config.mixing
     images = part.images.to(model.pixel_mean.dtype) / 255
     if mixing.magnitude:
+        from trainer.randaugment import randaugment  # seconds, and only here: kornia
+
         images = randaugment(
             images, model.pixel_mean.flatten(), seed, epoch, ids, mixing.magnitude, mixing.magnitude_std
         )

@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from scipy.special import betaincinv
 
 from pipeline.hashing import uniform
 from trainer.hashing import normal
@@ -95,6 +94,8 @@ def mixing_plan(
     Args:
         mixup, cutmix: the α of the Beta(α, α) from which shares are drawn; 0: not.
     """
+    from scipy.special import betaincinv  # half a second, which no start of pre-training should wait for
+
     draw = [uniform(seed, MIX_STREAM, epoch, sample_ids, k) for k in range(4)]
     cut = np.full(len(sample_ids), bool(cutmix)) & ((draw[0] < 0.5) | (not mixup))
     kept = np.ones(len(sample_ids))

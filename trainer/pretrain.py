@@ -17,7 +17,6 @@ from trainer.masks import noise_of
 from trainer.micro_batch import with_micro_batch
 from trainer.online_knn import OnlineKnn
 from trainer.optim import adamw
-from trainer.randaugment import jitter
 from trainer.reconstruct import draw_grid, evenly_spread, reconstruct
 from trainer.run import Run
 
@@ -74,6 +73,8 @@ def pretrain_step(
     def losses(part: Batch, rows: slice) -> torch.Tensor:
         images = part.images
         if config.jitter:
+            from trainer.randaugment import jitter  # seconds, and only here: kornia
+
             ids = batch.sample_ids[rows].numpy()  # on the host
             with torch.autocast(run.device.type, enabled=False):
                 images = jitter(images, config.jitter, config.seed, batch.epoch, ids)
