@@ -14,6 +14,8 @@ from typing import Any
 import ray
 from ray.train import Result, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.controller.controller import TrainController
 from ray.train.v2._internal.execution.preemption import _get_draining_nodes
 from ray.train.v2._internal.execution.scaling_policy import (
@@ -30,6 +32,9 @@ from ray.train.v2._internal.execution.worker_group import (
 from cluster.failures import Left, StopWhenHopeless
 from trainer.vote import Wish
 
+# Each starts a process of its own, for some seconds of CPU: Ray's datasets, which we have none of, and who frees what a
+# controller had reserved that died while its driver goes on, which ours does not.
+UNUSED = (DatasetsCallback, PlacementGroupCleanerCallback)
 LOOK_S = 0.5  # between two looks at the cluster
 REACH_S = 1.0  # a node that takes no connection within it is not there
 ANSWER_S = 1.0  # a worker that is to end and does not answer within it is stuck
@@ -51,6 +56,9 @@ class ElasticTrainer(TorchTrainer):
     def __init__(self, *args: Any, run_id: str, mailbox: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.run_id, self.mailbox = run_id, mailbox
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [each for each in super()._create_default_callbacks() if not isinstance(each, UNUSED)]
 
     def _initialize_and_run_controller(self, **parts: Any) -> Result:
         parts["scaling_policy"] = AsManyAsThereIsRoomFor(self.scaling_config, self.run_id, self.mailbox)
