@@ -92,6 +92,37 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         server.wait(30)
 
 
+@pytest.fixture(scope="session")
+def one_ray(s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of one Ray on this machine, for tests that are not about how Ray begins and ends: that is most of what a short
+    run costs. Its workers have the variables of `s3`. It ends with this process, even with one that is killed."""
+    from ray.cluster_utils import Cluster
+
+    with (
+        tempfile.TemporaryDirectory(prefix="one-ray-", ignore_cleanup_errors=True) as folder,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("RAY_TMPDIR", folder)  # not that of the Rays of single tests
+        cluster = Cluster()
+        try:
+            cluster.add_node(num_cpus=4, object_store_memory=128 * 2**20, include_dashboard=False)
+            patch.undo()
+            yield cluster.address
+        finally:
+            cluster.shutdown()
+
+
+@pytest.fixture
+def on_one_ray(one_ray: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Commands go to `one_ray`, and leave nothing there that works."""
+    from processes import processes, wait_until  # with psutil, likewise
+
+    monkeypatch.setenv("RAY_ADDRESS", one_ray)
+    yield
+    for actor in ("RayTrainWorker", "TrainController", "Mailbox"):
+        wait_until(lambda name=f"ray::{actor}": not processes(name, os.getpid()), 30)
+
+
 def maestream(*words: object, check: bool = True, **environment: str) -> "subprocess.CompletedProcess[str]":
     """Run the command line as a user does."""
     command = [str(Path(sys.executable).with_name("maestream")), *map(str, words)]

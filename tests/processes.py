@@ -1,6 +1,7 @@
-"""What runs below what."""
+"""What runs below what, and waiting for it."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import psutil
 
@@ -28,3 +29,10 @@ def command_line(process: psutil.Process) -> str:
         return " ".join(process.cmdline())
     except (psutil.NoSuchProcess, psutil.AccessDenied):
         return ""
+
+
+def wait_until(true: Callable[[], object], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"not in {seconds} s"
+        time.sleep(0.02)

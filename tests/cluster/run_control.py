@@ -5,12 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
-from processes import processes
+from processes import processes, wait_until
 
 from pipeline.storage import open_store
 from trainer.metrics import read_metrics
@@ -30,17 +29,10 @@ def running(command: tuple[object, ...]) -> Iterator[subprocess.Popen[str]]:
     try:
         yield process
     finally:
-        workers = workers_of(process.pid)
+        workers = workers_of()
         process.kill()
         process.communicate()
         wait_until(lambda: not any(map(psutil.pid_exists, workers)))
-
-
-def wait_until(true: Callable[[], object], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, f"not in {seconds} s"
-        time.sleep(0.02)
 
 
 def wait_for_step(step: int, process: subprocess.Popen[str], out: Path) -> None:
@@ -56,6 +48,7 @@ def kill(*pids: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def workers_of(driver: int) -> list[int]:
-    """The processes of the training workers below a process."""
-    return processes("RayTrainWorker", driver)
+def workers_of(above: int | None = None) -> list[int]:
+    """The processes of the training workers below a process; of these tests without: there is one run at a time, and
+    its workers are below its driver, or below a Ray that a fixture has started."""
+    return processes("RayTrainWorker", above or os.getpid())

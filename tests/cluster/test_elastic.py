@@ -364,7 +364,12 @@ def test_rays_insides_are_as_they_were() -> None:
     # of these two callbacks, which are left out, nothing else asks
     made = inspect.getsource(DataParallelTrainer._create_default_callbacks)
     assert all(f"{callback.__name__}(" in made for callback in elastic.UNUSED)
-    assert inspect.signature(worker.RayTrainWorker.init_train_context).parameters["dataset_shard_provider"].default is None
+    assert (
+        inspect.signature(worker.RayTrainWorker.init_train_context)
+        .parameters["dataset_shard_provider"]
+        .default
+        is None
+    )
     # the scaling policy is asked like this, and asks like that
     policy = elastic.ElasticScalingPolicy
     assert arguments(policy.make_decision_for_non_running_worker_group) == []

@@ -52,6 +52,7 @@ def pretrained(recipes: dict[str, Path], scenes: Dataset, tmp_path_factory: pyte
     return out
 
 
+@pytest.mark.usefixtures("on_one_ray")
 @pytest.mark.parametrize("task", ["finetune", "linprobe"])
 def test_a_killed_worker_changes_nothing(
     task: str, recipes: dict[str, Path], pretrained: Path, scenes: Dataset, tmp_path: Path
@@ -63,7 +64,7 @@ def test_a_killed_worker_changes_nothing(
     options = ("--config", recipes[task], "--init", init, "--data", data, "--val", val, "--out", out)
     with running((task, *options)) as process:
         wait_for_step(40, process, out)
-        kill(workers_of(process.pid)[0])
+        kill(workers_of()[0])
         text, _ = process.communicate(timeout=120)
         assert process.returncode == 0, text
     assert losses(out) == losses(tmp_path / "whole")  # bit for bit
@@ -140,6 +141,7 @@ def test_what_cannot_be_evaluated_is_refused(
     )
 
 
+@pytest.mark.usefixtures("on_one_ray")
 def test_a_killed_study_goes_on(recipes: dict[str, Path], scenes: Dataset, tmp_path: Path) -> None:
     """One trial is measured and the other one still pre-trained, say, when it is killed."""
     data, out = scenes.store.url, tmp_path / "study"
@@ -147,7 +149,7 @@ def test_a_killed_study_goes_on(recipes: dict[str, Path], scenes: Dataset, tmp_p
     command = (*command, "--data", data, "--val", data, "--out", out)
     with running((*command, "--tasks", 2)) as process:
         wait_until(lambda: list(out.glob("*/linprobe/metrics.jsonl")))
-        trials = processes("ray::run_trial", process.pid)
+        trials = processes("ray::run_trial", os.getpid())
         kill(process.pid)
         process.wait()
         wait_until(lambda: not any(map(psutil.pid_exists, trials)))

@@ -40,6 +40,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return tree(folder)
 
 
+@pytest.mark.usefixtures("on_one_ray")
 def test_any_number_of_tasks_writes_the_same_bytes(whole: dict[str, bytes], tmp_path: Path) -> None:
     for tasks in (1, 2, 5):
         out = tmp_path / str(tasks)
@@ -137,6 +138,7 @@ def test_straight_to_a_bucket_that_harms_what_is_written(whole: dict[str, bytes]
     assert {name: store.read(name) for name in names} == whole
 
 
+@pytest.mark.usefixtures("on_one_ray")
 @pytest.mark.parametrize(
     ("options", "message"), [("size=3m", "no space left"), ("size=3m,ro", "Read-only file system")]
 )
