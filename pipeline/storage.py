@@ -71,6 +71,12 @@ def _is_fault(error: BaseException) -> bool:
     return isinstance(error, FAULTS) and not isinstance(error, NOT_FAULTS)
 
 
+def _code(error: BaseException) -> str | None:
+    """What S3 calls it, if s3fs made the error of an answer."""
+    response: dict[str, Any] = getattr(error.__cause__, "response", {})
+    return response.get("Error", {}).get("Code")
+
+
 @dataclass(frozen=True)
 class Store:
     """A folder or a bucket prefix. Names are relative to it, with forward slashes."""
@@ -279,7 +285,14 @@ class Store:
             return
         # A part that fails is sent again by s3fs itself: our retry sends all of them.
         fs = fsspec.filesystem("s3", max_concurrency=PARTS, **_s3_options())
-        fs.put_file(file, target, chunksize=PART_BYTES)
+        try:
+            fs.put_file(file, target, chunksize=PART_BYTES)
+        except FileNotFoundError as error:
+            # s3fs takes back an upload that it gives up. If the answer to that is lost and it asks again, the upload is what is
+            # not there any more: a fault like the one before.
+            if _code(error) == "NoSuchUpload":
+                raise ConnectionError(str(error)) from error
+            raise
 
     def sha256(self, name: str) -> str:
         """Of all of an object, read in parts. FileNotFoundError where there is none."""

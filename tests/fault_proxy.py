@@ -18,8 +18,8 @@ from typing import Literal
 HOST = "127.0.0.1"
 # reset, short, stall: the answer ends after a random number of bytes; with RST, with FIN, not at all.
 # trickle: it comes byte by byte.
-# Bytes, or what makes them of the request's first line, are answered in the server's place.
-Harm = Literal["reset", "short", "stall", "trickle"] | bytes | Callable[[str], bytes]
+# Bytes, or what makes them of the request's first line, are answered in the server's place; None lets it through.
+Harm = Literal["reset", "short", "stall", "trickle"] | bytes | Callable[[str], bytes | None]
 
 
 def answer(status: str, body: bytes) -> bytes:
@@ -96,10 +96,12 @@ class FaultProxy:
         first_line = request.partition(b"\r\n")[0].decode()
         self.requests.append(first_line)
         harm = self.rng.choice(self.harms) if self.rng.random() < self.share else None
+        if callable(harm):
+            harm = harm(first_line)
         self.harmed += harm is not None
         await asyncio.sleep(self.latency_s)
-        if callable(harm) or isinstance(harm, bytes):
-            writer.write(harm if isinstance(harm, bytes) else harm(first_line))
+        if isinstance(harm, bytes):
+            writer.write(harm)
             await writer.drain()
             return False
         size = _content_length(request)

@@ -193,8 +193,9 @@ def test_large_objects_are_whole(
         assert store.read(name) == data
 
 
-def test_large_objects_are_written_whole(proxy: FaultProxy, s3: str) -> None:
+def test_large_objects_are_written_whole(proxy: FaultProxy, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In parts, and none of them is seen before all are there."""
+    monkeypatch.setattr(storage, "STALL_S", 10)  # as it is: nothing stalls here but a machine that is busy
     store = open_store(f"{s3}/large-written")
     data = random.Random(0).randbytes(5 * storage.PART_BYTES + 7)
     store.write("object", data[: storage.PART_BYTES])
@@ -220,6 +221,27 @@ def test_large_objects_are_written_whole(proxy: FaultProxy, s3: str) -> None:
     assert seen <= {storage.PART_BYTES, len(data)}
     parts = [line for line in proxy.requests if "partNumber=" in line]
     assert 6 < len(parts) < 60  # single ones were sent again
+
+
+def test_an_upload_that_is_given_up_is_begun_again(
+    proxy: FaultProxy, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if the upload that is taken back is said not to be there: so it is when an answer to that was lost."""
+    monkeypatch.setattr(storage, "STALL_S", 10)
+    store, taken_back = open_store(f"{s3}/given-up"), threading.Event()
+
+    def give_up(request: str) -> bytes | None:
+        if request.startswith("DELETE") and "uploadId=" in request:
+            taken_back.set()
+            return s3_error("404 Not Found", "NoSuchUpload")
+        return SLOW_DOWN if "partNumber=" in request and not taken_back.is_set() else None
+
+    data = random.Random(0).randbytes(2 * storage.PART_BYTES + 7)  # s3fs sends less at once
+    proxy.share, proxy.harms = 1.0, [give_up]
+    store.write("object", data)
+    assert taken_back.is_set()
+    proxy.calm()
+    assert store.sha256("object") == hashlib.sha256(data).hexdigest()
 
 
 def s3fs_past(proxy: FaultProxy) -> S3FileSystem:
