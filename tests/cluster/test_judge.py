@@ -53,7 +53,8 @@ def pretrained(recipes: dict[str, Path], scenes: Dataset, tmp_path_factory: pyte
 
 
 @pytest.mark.usefixtures("on_one_ray")
-@pytest.mark.parametrize("task", ["finetune", "linprobe"])
+# What is different about probing, trainer/ has: tests/trainer/test_protocols.py goes on where it was, at any world size.
+@pytest.mark.parametrize("task", ["finetune", pytest.param("linprobe", marks=pytest.mark.soak)])
 def test_a_killed_worker_changes_nothing(
     task: str, recipes: dict[str, Path], pretrained: Path, scenes: Dataset, tmp_path: Path
 ) -> None:
