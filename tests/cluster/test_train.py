@@ -133,7 +133,7 @@ def test_the_same_run_from_and_to_a_bucket(
     recipe: Path, scenes: Dataset, whole: Path, s3: str, tmp_path: Path
 ) -> None:
     remote = build_dataset("synthetic:?count=70&classes=7", f"{s3}/train-scenes")
-    printed(*words(recipe, remote.store.url, f"{s3}/runs/a"))
+    maestream(*words(recipe, remote.store.url, f"{s3}/runs/a"))
     assert losses(f"{s3}/runs/a") == losses(whole)
     store = open_store(f"{s3}/runs/a")
     names = store.names()
@@ -161,7 +161,7 @@ def test_what_only_a_person_can_mend_stops_all_ranks_with_exit_code_2(
     shutil.copy(Path(scenes.store.root) / shard.name, shard)
     other = build_dataset("synthetic:?count=70&classes=7&seed=9", str(tmp_path / "other"))
     assert "another dataset" in refused(*words(recipe, other.store.url, tmp_path / "run", "epochs=4"))
-    assert f"the last time it stopped, because {shard}" in printed(*command)
+    assert f"the last time it stopped, because {shard}" in maestream(*command).stdout
     assert not (tmp_path / "run" / "failed.json").exists()
 
 
