@@ -15,6 +15,7 @@ from trainer.mae import MAE
 from trainer.pretrained import Pretrained, interpolated, is_model, read_pretrained
 from trainer.run import CONFIG
 from trainer.vit import ViT
+from trainer.weight_files import is_http
 
 ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.")
 C = TypeVar("C", bound=RunConfig)
@@ -26,7 +27,7 @@ def fix_init(config: C) -> C:
     if not isinstance(init, InitConfig):
         return config
     store = open_store(init.run)
-    if store.exists(CONFIG):
+    if not is_http(init.run) and store.exists(CONFIG):
         return cast(
             C,
             config.model_copy(update={"init": InitConfig(run=store.url, step=chosen_step(store, init.step))}),

@@ -8,7 +8,7 @@ too and changes into its own, `vit.layers.0.attention.q_proj`. We write the form
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
@@ -57,7 +57,7 @@ IN_BLOCK = re.compile(
 )
 
 
-def kind_of(model: EncoderConfig) -> str:
+def kind_of(model: EncoderConfig) -> Literal["mae", "classifier", "encoder"]:
     if isinstance(model, ModelConfig):
         return "mae"
     return "classifier" if isinstance(model, ClassifierConfig) else "encoder"
@@ -164,7 +164,8 @@ def shape_of(weights: Mapping[str, torch.Tensor], where: str, told: Mapping[str,
         )
         found |= {key: told[key] for key in ("norm_pix", "mask_ratio", "sampling", "masked") if key in told}
     elif head:
-        found["pool"] = "mean" if "fc_norm.weight" in weights else "class"
+        _shape(weights, "head.weight", 2, where)
+        found["pool"] = told.get("pool") or ("mean" if "fc_norm.weight" in weights else "class")
     kind: type[EncoderConfig] = ModelConfig if decoder else ClassifierConfig if head else EncoderConfig
     try:
         return kind(**found)
@@ -196,9 +197,8 @@ def _heads(width: int, table: dict[int, int], option: str, where: str) -> int:
 
 def check_shapes(weights: Mapping[str, torch.Tensor], model: EncoderConfig, where: str) -> None:
     """UserError that lists what weights by our names lack, have in another shape, or have besides."""
-    classes = (
-        len(weights["head.weight"]) if isinstance(model, ClassifierConfig) and "head.weight" in weights else 1
-    )
+    _check_size(weights, model, where)
+    classes = next(iter(weights["head.weight"].shape), 1) if "head.weight" in weights else 1
     with torch.device("meta"):
         wanted = network(model, classes).state_dict()
     problems = [f"{name} is missing" for name in wanted if name not in weights]
@@ -211,6 +211,24 @@ def check_shapes(weights: Mapping[str, torch.Tensor], model: EncoderConfig, wher
     if problems:
         more = f", and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
         raise UserError(f"{where} is no {kind_of(model)} of ours: {'; '.join(problems[:NAMED])}{more}")
+
+
+def _check_size(weights: Mapping[str, torch.Tensor], model: EncoderConfig, where: str) -> None:
+    """UserError where a model is another size than its weights: made, it would take any time and memory."""
+    blocks, positions = model.depth, {"pos_embed": model.width}
+    if isinstance(model, ModelConfig):
+        blocks += model.decoder_depth
+        positions["decoder_pos_embed"] = model.decoder_width
+    for name, width in positions.items():
+        shape, wanted = list(weights[name].shape) if name in weights else [], [1, 1 + model.patches, width]
+        if shape != wanted:
+            raise UserError(
+                f"{where} is no {kind_of(model)} of ours: {name} is {shape or 'missing'}, not {wanted}"
+            )
+    if len(weights) < 12 * blocks:  # weights of a block
+        raise UserError(
+            f"{where} is no {kind_of(model)} of ours: it has {len(weights)} weights, too few for {blocks} blocks"
+        )
 
 
 def transformers_config(model: EncoderConfig) -> dict[str, Any]:
@@ -288,9 +306,14 @@ def timm_config(model: EncoderConfig, classes: int) -> dict[str, Any]:
 
 def told_by_timm(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a config.json of timm tells, see `shape_of`."""
-    args = config.get("model_args") or {}
+    args = config.get("model_args")
+    args = args if isinstance(args, dict) else {}
     names = {"img_size": "image_size", "num_heads": "heads"}
     told = {ours: args[theirs] for theirs, ours in names.items() if theirs in args}
-    if isinstance(size := told.get("image_size"), list) and len(set(size)) == 1:
+    if isinstance(size := told.get("image_size"), list) and size and size.count(size[0]) == len(size):
         told["image_size"] = size[0]
+    if pool := args.get(
+        "global_pool", config.get("global_pool")
+    ):  # of a head: some read the mean after the norm
+        told["pool"] = {"avg": "mean", "token": "class"}.get(str(pool), pool)
     return told

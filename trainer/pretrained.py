@@ -12,11 +12,11 @@ import argparse
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from pipeline.augment import CENTRE
 from pipeline.errors import UserError
@@ -52,6 +52,7 @@ CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 OURS = "maestream"  # the key of our config.json that says so; its value is the format's version
 VERSION = 1
+MOST_BYTES = 16 << 20  # of a config; the names of 20,000 classes are 1 MB
 SHAPES: dict[str, type[EncoderConfig]] = {
     "mae": ModelConfig,
     "classifier": ClassifierConfig,
@@ -88,6 +89,16 @@ class About:
     @property
     def said(self) -> str:
         return f"step {self.step}" if self.step else self.where
+
+
+class Stated(BaseModel):
+    """What our config.json says of a model, besides its version."""
+
+    kind: Literal["mae", "classifier", "encoder"]
+    model: dict[str, Any]
+    classes: list[str] | int | None = None
+    step: int | None = None
+    source: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -179,13 +190,15 @@ def _refuse_step(step: int | None, where: str) -> None:
         raise UserError(f"{where} is not a run: it has no steps to choose from")
 
 
-def _config(store: Store) -> dict[str, Any] | None:
+def _config(store: Store, name: str = CONFIG) -> dict[str, Any] | None:
+    if not store.exists(name):
+        return None
     try:
-        config = json.loads(store.read(CONFIG)) if store.exists(CONFIG) else None
-    except ValueError:
-        config = []
-    if config is not None and not isinstance(config, dict):
-        raise UserError(f"{store.describe(CONFIG)} is damaged: get it again, or another")
+        config = json.loads(store.read(name)) if store.size(name) <= MOST_BYTES else None
+    except (ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise UserError(f"{store.describe(name)} is damaged: get it again, or another")
     return config
 
 
@@ -216,27 +229,29 @@ def _of_run(about: About) -> Pretrained:
 
 def _about_ours(config: Mapping[str, Any], where: str, store: Store | None) -> About:
     """What a config says that `stated` made."""
+    if (version := config.get(OURS)) != VERSION:
+        raise UserError(f"{where} has version {str(version)[:20]} of the format, this reads {VERSION}")
     try:
-        if config[OURS] != VERSION:
-            raise UserError(f"{where} has version {config[OURS]!r} of the format, this reads {VERSION}")
-        model = SHAPES[config["kind"]].model_validate(config["model"])
-        classes, step, source = config.get("classes"), config.get("step"), config.get("source") or {}
-    except (KeyError, ValidationError) as error:
+        says = Stated.model_validate(config)
+        model = SHAPES[says.kind].model_validate(says.model)
+    except ValidationError as error:
         raise UserError(f"{where} is damaged ({' '.join(str(error).split())[:200]})") from None
     place = store.url if store else where
-    source = source | ({"step": step} if step else {})
-    return About(without_secrets(place), model, store, classes=classes, source=source)
+    source = says.source | ({"step": says.step} if says.step else {})
+    return About(without_secrets(place), model, store, classes=says.classes, source=source)
 
 
 def stated(about: About) -> dict[str, Any]:
     """What our config.json says of a model."""
     return {
         OURS: VERSION,
-        "kind": kind_of(about.model),
-        "model": about.model.model_dump(mode="json"),
-        "classes": about.classes,
-        "step": about.step,
-        "source": about.source,
+        **Stated(
+            kind=kind_of(about.model),
+            model=about.model.model_dump(mode="json"),
+            classes=about.classes,
+            step=about.step,
+            source=about.source,
+        ).model_dump(),
     }
 
 
@@ -248,6 +263,8 @@ def _told_by(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise UserError(
             f"{where} has a model of type {config.get('model_type')}; vit_mae and vit are known here"
         )
+    if (said := config.get("hidden_act", "gelu")) != "gelu":
+        raise UserError(f"{where} has {str(said)[:40]} between the layers of its blocks; gelu is known here")
     return told_by_transformers(config)
 
 
@@ -261,12 +278,10 @@ def _told_by_args(args: Any) -> dict[str, Any]:
 
 def _pixel_mean(store: Store, config: Mapping[str, Any]) -> Any:
     """By which pixels were normalised, as far as timm's config or transformers' preprocessor tells."""
-    try:
-        if "pretrained_cfg" in config:
-            return config["pretrained_cfg"]["mean"]
-        return json.loads(store.read("preprocessor_config.json"))["image_mean"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
+    if "pretrained_cfg" in config:
+        told = config["pretrained_cfg"]
+        return told.get("mean") if isinstance(told, dict) else None
+    return (_config(store, "preprocessor_config.json") or {}).get("image_mean")
 
 
 def _of_others(file: WeightFile, where: str, told: Mapping[str, Any], mean: Any = None) -> Pretrained:
@@ -275,14 +290,13 @@ def _of_others(file: WeightFile, where: str, told: Mapping[str, Any], mean: Any 
         weights.pop("mask_token", None)  # some encoders were saved with it
     model = shape_of(weights, where, {"norm_pix": False, **told})
     taken = [PIXELS] if isinstance(model, ModelConfig) and "norm_pix" not in told else []
-    if mean and list(mean) != list(MEAN):
+    if mean and mean != list(MEAN):
         taken.append(
             f"its pixels had a mean of {mean} when it was trained; here they have ImageNet's, {list(MEAN)}"
         )
     source: dict[str, Any] = {
-        "file": where
-        if is_http(where)
-        else where.rpartition("/")[2],  # not where it lies: a card tells it to everybody
+        # Not where it lies, nor what a URL has besides: a card tells it to everybody.
+        "file": where.partition("?")[0] if is_http(where) else where.rpartition("/")[2],
         "sha256": file.sha256,
         "layout": "transformers'" if is_transformers(file.tensors) else "the authors', or timm's",
         "taken": taken,
@@ -293,6 +307,8 @@ def _of_others(file: WeightFile, where: str, told: Mapping[str, Any], mean: Any 
 
 def _checked(about: About, weights: Weights) -> Pretrained:
     check_shapes(weights, about.model, about.where)
+    if isinstance(about.classes, list) and len(about.classes) != (heads := len(weights["head.weight"])):
+        raise UserError(f"{about.where} names {len(about.classes)} classes, and its head has {heads}")
     return Pretrained(about, weights)
 
 

@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import pickle
 import re
+import resource
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from pipeline.storage import FAULTS, NOT_FAULTS, PART_BYTES, STALL_S, Store, exp
 MOST_BYTES = (
     16 << 30
 )  # of a file, and of what is in it: a ViT-H's training checkpoint with AdamW's moments has 8 GB
+SPARE_BYTES = 2 << 30  # that reading a file may take besides twice what it has
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WRAPPED_IN = ("model", "state_dict")  # where checkpoints of the authors and of timm have the weights
 ANOTHER = "get the file again, or another"
@@ -91,7 +93,7 @@ def _torch_file(path: Path, where: str) -> WeightFile:
                     raise UserError(
                         f"{where} is a compressed archive, which torch.save does not write: refused"
                     )
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), _bounded(path):
             tree = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
@@ -105,6 +107,8 @@ def _torch_file(path: Path, where: str) -> WeightFile:
         ) from None
     except UserError:
         raise
+    except MemoryError:
+        raise UserError(f"{where} asks for far more memory than it has weights: refused") from None
     except Exception as error:  # torch's reader raises nearly anything on damaged bytes
         said = " ".join(str(error).split())[:120] or type(error).__name__
         raise UserError(f"{where} is damaged or cut short ({said}): {ANOTHER}") from None
@@ -117,6 +121,24 @@ def _torch_file(path: Path, where: str) -> WeightFile:
         {key: value for key, value in tree.items() if value is not weights} if weights is not tree else {}
     )
     return WeightFile(weights, beside)
+
+
+@contextmanager
+def _bounded(path: Path) -> Iterator[None]:
+    """A few bytes of a pickle can ask for any number of them: on Linux, MemoryError then, before the machine has none left."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmData:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    if found is None:
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    bound = (int(found[1]) << 10) + 2 * path.stat().st_size + SPARE_BYTES
+    others = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_DATA, (min(bound, *others) if others else bound, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def _check_tensors(tensors: dict[str, Any], where: str) -> None:

@@ -184,6 +184,11 @@ class Code:
         return os.mkdir, (str(self.canary),)
 
 
+class Bomb:
+    def __reduce__(self) -> Any:
+        return bytearray, (64 << 30,)
+
+
 def saved(tree: Any, **how: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(tree, buffer, **how)
@@ -219,6 +224,12 @@ FILES: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "code": (lambda f: saved({"model": small() | {"a": Code(f / "ran")}}), "nothing in it was run: it names posix.mkdir"),
     "code, as torch once saved": (lambda f: saved(Code(f / "ran"), **OLD), "nothing in it was run"),
     "code beside": (lambda f: saved({"model": small(), "args": Code(f / "ran")}), "nothing in it was run"),
+    "a pickle that asks for 64 GB": (lambda f: saved({"model": small(), "args": Bomb()}), "asks for far more memory"),
+    "a model that is too deep": (
+        lambda f: saved(small("pretrain") | {"blocks.9999.norm1.bias": torch.ones(24)}),
+        "too few for 10000 blocks$",
+    ),
+    "an odd head": (lambda f: saved(small("finetuned") | {"head.weight": torch.tensor(1.0)}), "head.weight is .* axes"),
     "truncated": (lambda f: saved(small())[:-4000], "is damaged or cut short"),
     "truncated in front": (lambda f: saved(small())[:100], "is damaged or cut short"),
     "truncated, as torch once saved": (lambda f: saved(small(), **OLD)[:5000], "is damaged or cut short"),
@@ -279,14 +290,42 @@ def test_torch_without_its_guard_would_have_run_the_code(tmp_path: Path) -> None
         ('{"model_type": "vit", "num_attention_heads": 3, "image_size": 40}', "pos_embed is .* not"),
         ('{"maestream": 2}', "has version 2 of the format, this reads 1"),
         ('{"maestream": 1, "kind": "encoder"}', "is damaged"),
+        ('{"maestream": 1, "kind": [], "model": {}}', "is damaged"),
+        ('{"maestream": 1, "kind": "encoder", "model": {}, "source": ["a"]}', "is damaged"),
+        (
+            '{"maestream": 1, "kind": "encoder", "model": {"image_size": 8000000, "patch_size": 8}}',
+            "pos_embed is .* not",
+        ),
+        ("[" * 100_000, "is damaged"),
+        ('{"model_type": "vit", "num_attention_heads": 3, "hidden_act": "relu"}', "relu between the layers"),
+        ('{"architecture": "vit", "model_args": {"img_size": [[1], [2]], "num_heads": 3}}', "valid integer"),
+        ('{"architecture": "vit", "model_args": ["img_size"], "pretrained_cfg": 5, "x": 0}', None),
+        ('{"architecture": "vit", "pretrained_cfg": {"mean": 5}}', None),
     ],
 )
-def test_a_config_that_does_not_fit_is_refused(config: str, message: str, tmp_path: Path) -> None:
+def test_a_config_that_does_not_fit_is_refused(config: str, message: str | None, tmp_path: Path) -> None:
     save_file(small("pretrain"), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(config)
+    if message is None:  # of no account
+        read_pretrained(str(tmp_path), told=TOLD)
+        return
     with pytest.raises(UserError, match=message) as caught:
         read_pretrained(str(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+def test_a_head_of_timms_that_reads_the_mean_of_normed_patches_is_refused(tmp_path: Path) -> None:
+    """Such as there are with global_pool "avg" and no fc_norm: not to be taken for one that reads the class token."""
+    head = {"head.weight": torch.ones(7, 24), "head.bias": torch.ones(7)}
+    save_file(small("pretrain") | head, tmp_path / "model.safetensors")
+    for pool in ("avg", "token"):
+        config = {"architecture": "vit", "global_pool": pool, "model_args": {"num_heads": 3}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        if pool == "token":
+            assert read_pretrained(str(tmp_path)).about.classes == 7
+        else:
+            with pytest.raises(UserError, match=r"fc_norm.weight is missing"):
+                read_pretrained(str(tmp_path))
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
@@ -330,7 +369,7 @@ def test_weights_come_from_the_web_within_bounds(
     assert torch.equal(found.weights["norm.bias"], small()["norm.bias"])
     # what a URL tells besides is kept nowhere
     signed = f"http://me:hush@{host}/w.pth?X-Amz-Signature=hush"
-    assert "hush" not in json.dumps(read_pretrained(signed, told=TOLD).about.source)
+    assert "hush" not in json.dumps(read_pretrained(f"{signed}&auth=hush", told=TOLD).about.source)
     for url, message in (
         (signed.replace("w.pth", "gone.pth"), "there is no such file"),
         (signed.replace(host, "127.0.0.1:9"), "cannot be read"),
