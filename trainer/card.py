@@ -8,10 +8,9 @@ import yaml
 
 from pipeline.secrets import without_secrets
 from pipeline.storage import Store
-from trainer.config import ClassifierConfig, EncoderConfig, LinprobeConfig, ModelConfig
+from trainer.config import ClassifierConfig, EncoderConfig, LinprobeConfig, ModelConfig, RunConfig
 from trainer.metrics import history
 from trainer.pretrained import About
-from trainer.recipe import dump_config
 from trainer.run import read_known
 
 MEASURED = {  # of metrics: what a card says, in this order
@@ -85,9 +84,22 @@ def _of_run(about: About) -> str:
             f"## Data\n\n{named}- fingerprint: `{known.fingerprint}`",
             f"## Metrics\n\nAfter step {about.step:,} of run `{known.run_id}`:\n\n{metrics or '- none'}",
             f"## Versions\n\n{versions}",
-            f"## Recipe\n\n```yaml\n{dump_config(about.run).rstrip()}\n```",
+            f"## Recipe\n\n```yaml\n{_recipe(about.run)}```",
         ]
     )
+
+
+def _recipe(run: RunConfig) -> str:
+    """The config, without where things lie: a card tells it to everybody."""
+    return yaml.safe_dump(_unplaced(run.model_dump()), sort_keys=False, allow_unicode=True)
+
+
+def _unplaced(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _unplaced(value) for key, value in tree.items()}
+    if isinstance(tree, str) and (tree.startswith("/") or "://" in tree):
+        return "…/" + tree.rstrip("/").rpartition("/")[2]
+    return tree
 
 
 def _of_source(about: About) -> str:
@@ -105,8 +117,9 @@ def _measured(store: Store, step: int) -> Iterator[tuple[str, str]]:
     newest: dict[str, tuple[int, float]] = {}
     for row in history(store):
         for name in MEASURED.keys() & row.keys():
-            if row["step"] < step and row["step"] >= newest.get(name, (-1, 0.0))[0]:
-                newest[name] = row["step"], row[name]
+            at = int(row["knn_step"]) - 1 if name == "knn_top1" else row["step"]  # its row is a later one
+            if at < step and at >= newest.get(name, (-1, 0.0))[0]:
+                newest[name] = at, row[name]
     for name, says in MEASURED.items():
         if name in newest:
             at, value = newest[name]

@@ -50,7 +50,7 @@ def export(found: Pretrained, form: str, store: Store, encoder: bool = False) ->
     if encoder or (form in ENCODER_ONLY and isinstance(found.model, ModelConfig)):
         found = encoder_alone(found)
     _refuse_misfits(found, form)
-    weights = {name: tensor.contiguous() for name, tensor in found.weights.items()}
+    weights = _apart(found.weights)
     if form == "safetensors":
         _write_safetensors(store, weights)
         config: dict[str, Any] | None = stated(found.about)
@@ -72,11 +72,24 @@ def export(found: Pretrained, form: str, store: Store, encoder: bool = False) ->
         _write_json(store, CONFIG, config)
 
 
+def _apart(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights that have no memory in common, as a file of safetensors has to have them."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in weights.items():
+        tensor = tensor.contiguous()
+        where = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if where in seen else tensor
+        seen.add(where)
+    return found
+
+
 def _use(form: str, model: EncoderConfig) -> str:
     """Python that loads an export."""
     if form == "transformers":
         name = CLASSES[kind_of(model)]
-        return f"from transformers import {name}\n\nmodel = {name}.from_pretrained(FOLDER)"
+        how = ", add_pooling_layer=False" if name == "ViTModel" else ""
+        return f"from transformers import {name}\n\nmodel = {name}.from_pretrained(FOLDER{how})"
     if form == "safetensors" and isinstance(model, ClassifierConfig):
         return "from trainer.pretrained import read_pretrained\n\nweights = read_pretrained(FOLDER).weights"
     return USE[form]

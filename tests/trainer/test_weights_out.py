@@ -9,6 +9,7 @@ import onnxruntime
 import pytest
 import torch
 import transformers
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_pretrain import train
@@ -17,14 +18,16 @@ from test_protocols import config_of
 from pipeline.errors import UserError
 from pipeline.manifest import Dataset
 from pipeline.storage import open_store
+from trainer import card
 from trainer.checkpoint import committed_steps, read_weights
 from trainer.classifier import Classifier, Encoder
-from trainer.config import ClassifierConfig, EncoderConfig, ModelConfig
+from trainer.config import ClassifierConfig, EncoderConfig, LinprobeConfig, ModelConfig
 from trainer.export import export
 from trainer.finetune import finetune
 from trainer.layouts import network
 from trainer.mae import MAE
 from trainer.pretrained import About, Pretrained, encoder_alone, read_pretrained
+from trainer.recipe import parse_config
 from trainer.run import found_run, open_run
 
 SMALL = {"image_size": 32, "patch_size": 8, "width": 24, "depth": 2, "heads": 3}
@@ -206,6 +209,13 @@ def test_weights_that_are_too_many_for_one_onnx_lie_beside_it(
     assert said.shape == (1, 17, 24)
 
 
+def test_weights_that_share_their_memory_go_out_apart(tmp_path: Path) -> None:
+    found = of(EncoderConfig(**SMALL))
+    found.weights["blocks.0.norm1.bias"] = found.weights["blocks.1.norm1.bias"]
+    export(found, "safetensors", open_store(str(tmp_path)))
+    assert same(found, read_pretrained(str(tmp_path)))
+
+
 def test_what_a_format_has_no_place_for_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     out = open_store(str(tmp_path / "out"))
     with pytest.raises(UserError, match="sees masked patches"):
@@ -246,6 +256,12 @@ def test_any_step_of_a_run_goes_out_with_its_card(scenes: Dataset, tmp_path: Pat
     assert str(tmp_path) not in card
     with pytest.raises(UserError, match="it has 4, 8"):
         read_pretrained(str(out), 5)
+
+
+def test_a_card_says_what_others_are_called_and_not_where_they_lie() -> None:
+    tree = {"init": "/home/me/base", "data": {"val": "s3://private/held-out"}}
+    recipe = yaml.safe_load(card._recipe(parse_config(LinprobeConfig, tree, "test")))
+    assert (recipe["init"]["run"], recipe["data"]["val"]) == ("…/base", "…/held-out")
 
 
 def test_a_fine_tuned_run_goes_out_with_its_averaged_weights_and_its_classes(
