@@ -117,7 +117,7 @@ def show(store: Store, found: list[Written], rule: Rule) -> None:
             f"{one.step:,}",
             number(per_epoch and one.step / per_epoch, 1),
             size_said(one.bytes),
-            moment(written_at(store, one))[:-3],
+            "–" if (at := written_at(store, one)) is None else moment(at)[:-3],
             number(losses.get(one.step), 4),
             number(judged.get(one.step), 2),
             one.committed,
@@ -143,12 +143,15 @@ def measured(store: Store, steps: set[int]) -> tuple[dict[int, float], dict[int,
     return losses, judged
 
 
-def written_at(store: Store, one: Written) -> float:
-    """When it was committed, or what there is of it was written last."""
+def written_at(store: Store, one: Written) -> float | None:
+    """When it was committed, or what there is of it was written last. None: a run that goes on has just removed it."""
     from trainer.checkpoint import MARKER
 
     markers = [name for name in one.files if name.endswith(MARKER)]
-    return max(map(store.modified, markers or one.files))
+    try:
+        return max(map(store.modified, markers or one.files))
+    except FileNotFoundError:
+        return None
 
 
 def size_said(size: int) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from conftest import maestream, printed, refused
 
+from cluster.checkpoints import Rule, find, show
 from pipeline.errors import UserError
 from pipeline.manifest import Dataset
 from pipeline.storage import Store, open_store
@@ -190,3 +191,17 @@ def test_what_has_none_and_what_is_wrong(trained: Path, tmp_path: Path) -> None:
     (run / RUN).unlink()
     assert "has not begun" in refused("checkpoints", run)
     assert maestream("checkpoints", tmp_path, "--keep", 0, check=False).returncode == 2
+
+
+def test_a_commit_that_a_run_removes_meanwhile_is_still_a_row(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = open_store(str(trained))
+    rule = Rule(keep=1, every=None)
+
+    def gone(*_: Any) -> float:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Store, "modified", gone)
+    show(store, find(store, rule), rule)
+    assert "what stays is the newest 1" in capsys.readouterr().out
