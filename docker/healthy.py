@@ -12,6 +12,7 @@ NODE = "http://127.0.0.1:52365/api/local_raylet_healthz"  # of Ray's agent; need
 
 if STARTED.exists() or b"ray start" in FIRST:
     try:
-        urllib.request.urlopen(NODE, timeout=5).close()
+        here = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever proxy the network has
+        here.open(NODE, timeout=5).close()
     except OSError as error:
         sys.exit(f"{NODE}: {error}")
