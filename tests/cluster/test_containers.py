@@ -113,4 +113,4 @@ def test_the_demo_trains_across_containers_that_are_killed_come_back_and_go(demo
     assert "steps redone" in (ROOT / "runs/demo-docker/report.html").read_text()
     redone = [int(n) for n in re.findall(r"(\d+) steps redone", demo.read_text())]
     assert redone[0] < 20
-    assert redone[1:] == [0, 0]
+    assert not any(redone[1:])
