@@ -1,5 +1,6 @@
 """Promise 7: it is the paper's model. The yardstick is transformers' ViTMAE, on shared weights and noise."""
 
+import authors
 import pytest
 import torch
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
@@ -82,51 +83,14 @@ def test_positions_are_the_authors(width: int, grid: int) -> None:
     )
 
 
-def authors_table(
-    width: int, depth: int, patch: int, decoder_width: int = 512, decoder_depth: int = 8
-) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the authors' pre-training checkpoints (mae_pretrain_vit_*_full)."""
-    tokens = (224 // patch) ** 2 + 1
-    table: dict[str, tuple[int, ...]] = {
-        "cls_token": (1, 1, width),
-        "pos_embed": (1, tokens, width),
-        "mask_token": (1, 1, decoder_width),
-        "decoder_pos_embed": (1, tokens, decoder_width),
-        "patch_embed.proj.weight": (width, 3, patch, patch),
-        "patch_embed.proj.bias": (width,),
-        "norm.weight": (width,),
-        "norm.bias": (width,),
-        "decoder_embed.weight": (decoder_width, width),
-        "decoder_embed.bias": (decoder_width,),
-        "decoder_norm.weight": (decoder_width,),
-        "decoder_norm.bias": (decoder_width,),
-        "decoder_pred.weight": (patch**2 * 3, decoder_width),
-        "decoder_pred.bias": (patch**2 * 3,),
-    }
-    for stack, w, d in (("blocks", width, depth), ("decoder_blocks", decoder_width, decoder_depth)):
-        for i in range(d):
-            for layer, shape in {
-                "norm1": (w,),
-                "attn.qkv": (3 * w, w),
-                "attn.proj": (w, w),
-                "norm2": (w,),
-                "mlp.fc1": (4 * w, w),
-                "mlp.fc2": (w, 4 * w),
-            }.items():
-                table[f"{stack}.{i}.{layer}.weight"] = shape
-                table[f"{stack}.{i}.{layer}.bias"] = shape[:1]
-    return table
-
-
-@pytest.mark.parametrize(
-    ("recipe", "width", "depth", "patch"),
-    [("base", 768, 12, 16), ("large", 1024, 24, 16), ("huge", 1280, 32, 14)],
-)
-def test_names_and_shapes_are_the_authors(recipe: str, width: int, depth: int, patch: int) -> None:
-    config = load_config(PretrainConfig, f"recipes/pretrain_vit_{recipe}.yaml").model
+@pytest.mark.parametrize("size", authors.SIZES)
+def test_names_and_shapes_are_the_authors(size: str) -> None:
+    width, depth, _, patch = authors.SIZES[size]
+    config = load_config(PretrainConfig, f"recipes/pretrain_vit_{size}.yaml").model
     with torch.device("meta"):
         state = MAE(config).state_dict()
-    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == authors_table(width, depth, patch)
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    assert found == authors.shapes("visualize", width, depth, patch)
 
 
 def test_initialisation_is_the_papers() -> None:
