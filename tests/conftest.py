@@ -18,6 +18,8 @@ from pipeline.storage import open_store
 
 # Models here are so small that threads which wait for each other take ten times as long, where other processes run.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Shells start what is in the background with SIGINT ignored, and so all that it starts: a test that interrupts would wait.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # How long an example takes is the machine's affair.
 hypothesis.settings.register_profile("patient", deadline=None)
 hypothesis.settings.load_profile("patient")
