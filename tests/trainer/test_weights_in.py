@@ -66,7 +66,7 @@ def test_an_import_gives_the_features_of_its_layout(kind: str, size: str, tmp_pa
     tokens = encoded(weights, images, heads)
     close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
     if kind == "finetuned":
-        model = Classifier(found.model, 1000).eval()  # type: ignore[arg-type]
+        model = Classifier(found.model, 1000).eval()
         model.load_state_dict(found.weights)
         features = normed(weights, "fc_norm", tokens[:, 1:].mean(dim=1))
         close(model.features(images), features)
@@ -77,7 +77,7 @@ def test_an_import_gives_the_features_of_its_layout(kind: str, size: str, tmp_pa
     latent = normed(weights, "norm", encoded(weights, encoder.normalise(pixels), heads))
     close(encoder(pixels), latent)
     if kind == "visualize":
-        mae = MAE(found.model)  # type: ignore[arg-type]
+        mae = MAE(found.model)
         mae.kept = 4
         mae.load_state_dict(found.weights)
         in_order = torch.arange(4.0).expand(2, 4)
@@ -121,7 +121,7 @@ def test_positions_are_interpolated_for_another_image(tmp_path: Path) -> None:
     assert larger.model.grid == (6, 8)
     assert torch.equal(larger.weights["pos_embed"], interpolated(weights["pos_embed"], (4, 4), (6, 8)))
     assert larger.weights["decoder_pos_embed"].shape == (1, 49, 16)
-    mae = MAE(larger.model)  # type: ignore[arg-type]
+    mae = MAE(larger.model)
     mae.load_state_dict(larger.weights)
     assert mae(torch.zeros(1, 3, 48, 64, dtype=torch.uint8), torch.rand(1, 48)).isfinite()
     # it is the same picture of positions: what lies in the corner stays nearest to the corner

@@ -167,7 +167,7 @@ def test_transformers_encodes_and_classifies_the_same(tmp_path: Path) -> None:
     found = of(ClassifierConfig(**SMALL, pool="class"))
     export(found, "transformers", open_store(str(tmp_path / "classifier")))
     theirs = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "classifier")
-    classifier = Classifier(found.model, 3)  # type: ignore[arg-type]
+    classifier = Classifier(found.model, 3)
     classifier.load_state_dict(found.weights)
     with torch.no_grad():
         torch.testing.assert_close(theirs(normalised).logits, classifier(images), rtol=1e-5, atol=1e-5)
