@@ -1,4 +1,4 @@
-# make demo | test | soak | bench-peers | bench-storage | dist | image | demo-docker | setup; each does its own set-up in .venv.
+# make demo | test-fast | test | soak | gpu | docs | bench-peers | bench-storage | dist | image | demo-docker | setup; each does its own set-up in .venv.
 # STORE=s3 runs the demo on a local S3. IMAGES=DIR gives the benchmark photographs. TARGET=cpu (or gpu) makes one image alone.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -13,7 +13,7 @@ pinned = $(shell grep -o '^$(1)==[^ ;]*' requirements-dev.lock)
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 DALI_HOST := sys_platform == "linux" and platform_machine == "x86_64"
 
-.PHONY: setup test check soak demo s3 lock bench-peers bench-storage dist image demo-docker
+.PHONY: setup test-fast test check soak gpu demo s3 lock bench-peers bench-storage dist image demo-docker docs docs-reference
 
 setup: .venv/.ready
 
@@ -48,11 +48,20 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
+# Two test files at a time. Tests of one file share what its fixtures train, so they stay in one process. The order is kept: the
+# longest files, of Ray, come first, so that both processes end at about the same time.
+test-fast: check
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not integration and not soak"
+
 test: check s3
-	$(BIN)/pytest -m "not soak"
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not soak"
 
 soak: setup s3
 	$(BIN)/pytest -m soak
+
+# What needs an NVIDIA GPU; everything is skipped where there is none.
+gpu: setup
+	$(BIN)/pytest tests/gpu
 
 # OpenStack Swift, the S3 server of tests and demo, in an environment of its own.
 s3: .venv-s3/.ready
@@ -64,13 +73,28 @@ s3: .venv-s3/.ready
 demo: setup $(if $(filter s3,$(STORE)),s3)
 	@STORE=$(STORE) bash demo.sh
 
+# The documentation as HTML in build/docs/, in an environment of its own. A dead link or anchor is an error.
+docs: .venv-docs/.ready
+	@.venv-docs/bin/python docs/check_links.py
+	@.venv-docs/bin/sphinx-build -W -n --keep-going -q -d build/doctrees docs build/docs
+	@echo "build/docs/index.html"
+
+.venv-docs/.ready: requirements-docs.lock
+	@$(PYTHON) -m venv .venv-docs || { echo "make: no Python venv module (Debian: apt-get install python3-venv)"; exit 1; }
+	@.venv-docs/bin/pip install -qq --no-deps -r requirements-docs.lock
+	@touch $@
+
+# The generated pages of docs/reference, from the commands, the config schema and the metrics.
+docs-reference: setup
+	@$(BIN)/python docs/generate_reference.py
+
 # Our loader and its peers, which have two environments of their own: with pillow-simd and with Pillow.
 bench-peers: setup .venv-peers-simd/.ready .venv-peers-pillow/.ready
 	@$(BIN)/python -m benchmarks.peers $(if $(IMAGES),--images "$(IMAGES)")
 
 # Cold and cached reads from the S3 server of the tests, and how many bytes are read.
 bench-storage: setup s3
-	@.venv-s3/bin/python tests/s3_server.py --dir runs/bench-s3 -- $(BIN)/python -m benchmarks.storage $(if $(IMAGES),--images "$(IMAGES)")
+	@.venv-s3/bin/python tests/support/s3_server.py --dir runs/bench-s3 -- $(BIN)/python -m benchmarks.storage $(if $(IMAGES),--images "$(IMAGES)")
 
 .venv-peers-simd/.ready: PIL := --no-binary pillow-simd $(call pinned,pillow-simd)
 .venv-peers-pillow/.ready: PIL := $(PILLOW)
@@ -113,3 +137,8 @@ lock: setup
 	        --annotation-style=line -o requirements$$to pyproject.toml; done
 	sed -i -e '/^pillow==/d' -e 's/^\(torch==[0-9.]*\)+cpu/\1/' -e 's/-c requirements.lock, //' \
 	    -e '/^nvidia-[^;]*$$/s/  *#/ ; $(DALI_HOST)  #/' requirements.lock requirements-dev.lock
+	{ sed '/^[^#]/,$$d' requirements-docs.lock; \
+	    $(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' \
+	    | $(BIN)/pip-compile -q --strip-extras --allow-unsafe --no-header --no-emit-index-url --no-emit-find-links --no-emit-options \
+	        --annotation-style=line -o - - ; } >requirements-docs.tmp
+	mv requirements-docs.tmp requirements-docs.lock

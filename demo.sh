@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# make demo: from nothing to a trained MAE and a picture of what it sees, on two CPU cores.
-# STORE=s3 does the same with dataset and run in a local S3 server, then brings the run to runs/demo.
+# `make demo`: generates images, pre-trains an MAE on two CPU cores and reconstructs images, in runs/demo.
+# With STORE=s3 the dataset and the run are in a local S3 server, and the run is copied to runs/demo at the end.
 set -euo pipefail
 cd "$(dirname "$0")"
 
 if [ "${STORE:-local}" = s3 ] && [ -z "${MAESTREAM_DEMO_S3:-}" ]; then
     rm -rf runs/demo-s3
-    exec .venv-s3/bin/python tests/s3_server.py --dir runs/demo-s3 -- env MAESTREAM_DEMO_S3=1 bash demo.sh
+    exec .venv-s3/bin/python tests/support/s3_server.py --dir runs/demo-s3 -- env MAESTREAM_DEMO_S3=1 bash demo.sh
 fi
 
 rm -rf runs/demo runs/demo-data
@@ -20,8 +20,8 @@ maestream() {
 
 maestream shards build 'synthetic:?count=2048&classes=10' "$data/train" --shard-mb 16
 maestream shards build 'synthetic:?count=64&classes=10&seed=1' "$data/held-out"
-# In the middle of it one of its workers is killed.
-.venv/bin/python tests/kill_a_worker.py $$ "$run" 150 &
+# Kill one of its workers after 150 steps: the run has to recover.
+.venv/bin/python -m tests.support.kill_worker $$ "$run" 150 &
 maestream pretrain --config recipes/demo.yaml --data "$data/train" --out "$run"
 wait
 if [ "$run" != runs/demo ]; then
@@ -34,18 +34,18 @@ first=$(ls runs/demo/pictures/step-*.png | head -1)
 last=$(ls runs/demo/pictures/step-*.png | tail -1)
 .venv/bin/python - "$run" <<'EOT'
 import sys
-from cluster.console import sentence
-from pipeline.storage import open_store
-from trainer.events import read_events
+from cluster.terminal.messages import event_line
+from pipeline.storage.store import open_store
+from trainer.run.events import read_events
 
-print("\nWhat became of its workers:")
+print("\nEvents of the run:")
 for event in read_events(open_store(sys.argv[1])):
-    print(" ", sentence(event))
+    print(" ", event_line(event))
 EOT
 cat <<EOT
 
-What the model sees:      runs/demo/pictures/held-out.png   (images it never trained on)
-Before and after:         $first, $last
-What it was trained on:   runs/demo/pictures/dataset.png
-The run:                  runs/demo                         (config.yaml, metrics, checkpoints/, tensorboard/)
+Reconstructions of held-out images:   runs/demo/pictures/held-out.png
+Before and after training:            $first, $last
+Samples of the training set:          runs/demo/pictures/dataset.png
+Run folder:                           runs/demo (config.yaml, metrics.jsonl, checkpoints/, tensorboard/)
 EOT

@@ -1,25 +1,24 @@
-"""The loader beside a training step: img/s of the executor alone, of the loader, of the step, and of both together.
+"""Measure decoders, the loader, the training step, and loader and step together, in images per second.
 
-    python -m benchmarks.gpu --images DIR       # a folder of JPEGs, made into a dataset of --samples, with repeats
-    python -m benchmarks.gpu --data DATASET     # that dataset; then neither webdataset nor Ray need be installed
+    python -m benchmarks.gpu --images DIR       # builds a dataset of --samples from a folder of JPEGs, with repeats
+    python -m benchmarks.gpu --data DATASET     # an existing dataset; webdataset and Ray need not be installed
 
-1. slices: whether DALI's on the GPU are the CPU's (pipeline.decode.check). If not, the rest is measured without it.
-2. executor: samples in memory, as many batches at once as in the loader; `cpu`, and DALI for each share of the GPU's
-   JPEG engines (HW_DECODER_LOAD) and number of host threads.
-3. step: a step of the recipe's model on images that are on the device already.
-4. loader: all of it, with `cpu` and with the fastest of DALI's.
-5. step and loader, with the same, because a GPU that trains decodes more slowly. What the step waits is counted where
-   the trainer asks for a batch. The device still has work queued then, so the share of time that it idles is less;
-   what it lost to the loader shows against 3.
+1. Check: compare DALI's crops on the GPU with the CPU's (pipeline.decode.gpu_check). If they differ, DALI is skipped.
+2. Decoder alone: samples in memory, as many batches at the same time as in the loader. `cpu`, and DALI with several
+   numbers of host threads and shares of the GPU's JPEG engines (HW_DECODER_LOAD).
+3. Step alone: a training step of the recipe's model on images that are on the device already.
+4. Loader alone: with `cpu` and with the fastest DALI settings.
+5. Step and loader together, with the same decoders, because a GPU that trains decodes more slowly. "waits" is the share
+   of time that the trainer waits for a batch. Work is still queued on the device then, so the device idles for less;
+   compare the rate with 3 to see what the loader costs.
 
-Results are kept of a GPU only. Without one the same is measured on the CPU, in a minute with
+Results are only saved for a GPU. Without one, everything is measured on the CPU; it takes a minute with
 
     python -m benchmarks.gpu --recipe recipes/pretrain_vit_tiny.yaml --batch 16 --samples 512 --seconds 2
 """
 
 import datetime
 import itertools
-import json
 import sys
 import tempfile
 import time
@@ -38,23 +37,24 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.datasets import build_repeated, make_order
-from benchmarks.report import RESULTS, cpu_model
-from pipeline.augment import random_flips, random_resized_crops
-from pipeline.cores import available_cores
-from pipeline.decode import Decoder, Size
-from pipeline.decode.check import slices_differ_on
+from benchmarks.output import save_result
+from pipeline.cpus import available_cores
+from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.decode.cpu import CpuDecoder
-from pipeline.loader import DECODING, Loader, TrainBatch
-from pipeline.manifest import Dataset, open_dataset
-from pipeline.reader import Samples, read_samples
-from trainer.bench import make_bench, resident_batch
-from trainer.config import PretrainConfig
-from trainer.recipe import load_config
+from pipeline.decode.decoder import Decoder, Size
+from pipeline.decode.gpu_check import gpu_crop_mismatch
+from pipeline.loading.benchmark import cpu_model
+from pipeline.loading.crops import random_flips, random_resized_crops
+from pipeline.loading.loader import CONCURRENT_DECODES, Loader, TrainBatch
+from pipeline.loading.readahead import Samples, read_samples
+from trainer.config.recipe import load_config
+from trainer.config.schema import PretrainConfig
+from trainer.train.benchmark import make_bench, resident_batch
 
-WARM_UP = 8  # steps before the clock starts: pipelines and buffers are made in them
-IN_MEMORY = 2048  # samples, for the executor alone
-FASTEST = 3  # of DALI's executors, which are measured beside the step
-LOADS = (0.0, 0.25, 0.5, 0.65, 0.8, 1.0)
+WARM_UP = 8  # batches before each measurement, in which pipelines and buffers are made
+IN_MEMORY = 2048  # samples in memory, to measure decoders alone
+FASTEST = 3  # DALI settings that are measured with loader and step
+HW_DECODER_LOADS = (0.0, 0.25, 0.5, 0.65, 0.8, 1.0)
 PACKAGES = (
     "torch",
     "nvidia-dali-cuda120",
@@ -62,7 +62,15 @@ PACKAGES = (
     "nvidia-nvimgcodec-cu12",
     "nvidia-nvimgcodec-cu13",
 )
-COLUMNS = ("decoder", "threads", "hw_decoder_load", "alone", "loader", "with step", "waits")
+COLUMNS = (
+    "decoder",
+    "threads",
+    "hw_decoder_load",
+    "alone",
+    "loader",
+    "with step",
+    "waits",
+)  # keys of a decoder's row
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -72,7 +80,10 @@ console = Console(highlight=False, soft_wrap=True)
 def clock(
     batches: Iterable[Any], act: Callable[[Any], object], seconds: float, device: torch.device
 ) -> tuple[float, float]:
-    """Batches a second, and the share of the time that `wait_s` of the batches is."""
+    """Call `act` on batches for some seconds after the warm-up.
+
+    Returns batches per second, and the share of the time that the batches were waited for.
+    """
 
     def now() -> float:
         if device.type == "cuda":
@@ -93,8 +104,8 @@ def clock(
     return (n + 1 - WARM_UP) / took, waited / took
 
 
-def executor_rate(decoder: Decoder, samples: Samples, size: int, batch: int, seconds: float) -> float:
-    """Images a second of a decoder by itself."""
+def decoder_rate(decoder: Decoder, samples: Samples, batch: int, seconds: float) -> float:
+    """Images per second of a decoder alone."""
     located = samples.located
     boxes = random_resized_crops(0, 0, samples.ids, located.height, located.width)
     flips = random_flips(0, 0, samples.ids)
@@ -104,12 +115,12 @@ def executor_rate(decoder: Decoder, samples: Samples, size: int, batch: int, sec
         decoded = decoder([samples.encoded[i] for i in chosen], boxes[chosen], flips[chosen])
         assert not decoded.bad, decoded.bad
 
-    with ThreadPoolExecutor(DECODING) as pool:
+    with ThreadPoolExecutor(CONCURRENT_DECODES) as pool:
         turns = itertools.count()
-        for _ in pool.map(decode, itertools.islice(turns, 2 * DECODING)):
+        for _ in pool.map(decode, itertools.islice(turns, 2 * CONCURRENT_DECODES)):
             pass
         begin, done = time.perf_counter(), 0
-        under_way = deque(pool.submit(decode, next(turns)) for _ in range(DECODING))
+        under_way = deque(pool.submit(decode, next(turns)) for _ in range(CONCURRENT_DECODES))
         while time.perf_counter() - begin < seconds:
             under_way.popleft().result()
             under_way.append(pool.submit(decode, next(turns)))
@@ -120,23 +131,24 @@ def executor_rate(decoder: Decoder, samples: Samples, size: int, batch: int, sec
 # ---- what is measured -----------------------------------------------------------------------------------------
 
 
-def executors(device: torch.device, dali: bool) -> list[dict[str, Any]]:
+def decoder_settings(device: torch.device, dali: bool) -> list[dict[str, Any]]:
+    """The decoders to measure, `cpu` first."""
     cores = available_cores()
     found: list[dict[str, Any]] = [{"decoder": "cpu", "threads": cores, "hw_decoder_load": None}]
     if dali:
-        loads = LOADS if device.type == "cuda" else (0.0,)
+        loads = HW_DECODER_LOADS if device.type == "cuda" else (0.0,)
         tried = sorted({max(1, cores // 4), max(1, cores // 2), cores})
         found += [{"decoder": "dali", "threads": t, "hw_decoder_load": s} for t in tried for s in loads]
     return found
 
 
-def make(executor: dict[str, Any], size: Size, device: torch.device) -> Decoder:
-    if executor["decoder"] == "cpu":
-        return CpuDecoder(size, executor["threads"])
+def make_decoder(settings: dict[str, Any], size: Size, device: torch.device) -> Decoder:
+    if settings["decoder"] == "cpu":
+        return CpuDecoder(size, settings["threads"])
     from pipeline.decode import dali
 
-    dali.HW_DECODER_LOAD = executor["hw_decoder_load"]
-    return dali.DaliDecoder(size, executor["threads"], device)
+    dali.HW_DECODER_LOAD = settings["hw_decoder_load"]
+    return dali.DaliDecoder(size, settings["threads"], device)
 
 
 def measure(dataset: Dataset, config: PretrainConfig, device: torch.device, seconds: float) -> dict[str, Any]:
@@ -145,64 +157,63 @@ def measure(dataset: Dataset, config: PretrainConfig, device: torch.device, seco
     try:
         import nvidia.dali  # noqa: F401
 
-        found["slices"] = slices_differ_on(device) or "the CPU's"
+        found["gpu_check"] = gpu_crop_mismatch(device) or "passed"
     except ImportError:
-        found["slices"] = "DALI is not installed"
-    console.print(f"DALI's slices on {device}: {found['slices']}")
+        found["gpu_check"] = "DALI is not installed"
+    console.print(f"check of DALI's crops on {device}: {found['gpu_check']}")
 
     samples = read_samples(dataset, np.arange(min(dataset.samples, IN_MEMORY)))
-    found["executors"] = executors(device, found["slices"] == "the CPU's")
-    for executor in found["executors"]:
-        with closing(make(executor, size, device)) as decoder:
-            executor["alone"] = executor_rate(decoder, samples, size, batch, seconds)
-        console.print(str(executor))
+    found["decoders"] = decoder_settings(device, found["gpu_check"] == "passed")
+    for settings in found["decoders"]:
+        with closing(make_decoder(settings, size, device)) as decoder:
+            settings["alone"] = decoder_rate(decoder, samples, batch, seconds)
+        console.print(str(settings))
 
-    def batches(executor: dict[str, Any]) -> Iterable[TrainBatch]:
-        loader = Loader(dataset, make_order(dataset, batch), make(executor, size, device), 0, 1)
+    def batches(settings: dict[str, Any]) -> Iterable[TrainBatch]:
+        loader = Loader(dataset, make_order(dataset, batch), make_decoder(settings, size, device), 0, 1)
         with closing(loader), closing(loader.steps(0, 1 << 40)) as steps:
             yield from steps
 
     step = make_bench(config, device).step
     found["step"] = batch * clock(itertools.repeat(resident_batch(config, device)), step, seconds, device)[0]
-    cpu, *dali = found["executors"]
-    for executor in [cpu, *sorted(dali, key=lambda e: -e["alone"])[:FASTEST]]:
-        executor["loader"] = batch * clock(batches(executor), lambda made: None, seconds, device)[0]
-        rate, executor["waits"] = clock(batches(executor), step, seconds, device)
-        executor["with step"] = batch * rate
-        console.print(str(executor))
+    cpu, *dali = found["decoders"]
+    for settings in [cpu, *sorted(dali, key=lambda e: -e["alone"])[:FASTEST]]:
+        settings["loader"] = batch * clock(batches(settings), lambda made: None, seconds, device)[0]
+        rate, settings["waits"] = clock(batches(settings), step, seconds, device)
+        settings["with step"] = batch * rate
+        console.print(str(settings))
     return found
 
 
-# ---- telling --------------------------------------------------------------------------------------------------
+# ---- the report --------------------------------------------------------------------------------------------------
 
 
 def report(found: dict[str, Any]) -> tuple[list[list[str]], list[str]]:
-    """Rows of COLUMNS, and lines about them."""
+    """The table, with COLUMNS, and a summary."""
 
-    def cell(executor: dict[str, Any], what: str, form: str) -> str:
-        return format(executor[what], form) if executor.get(what) is not None else ""
+    def cell(settings: dict[str, Any], what: str, form: str) -> str:
+        return format(settings[what], form) if settings.get(what) is not None else ""
 
     forms = ("", "", ".2f", ",.0f", ",.0f", ",.0f", ".1%")
     rows = [
-        [cell(e, what, form) for what, form in zip(COLUMNS, forms, strict=True)] for e in found["executors"]
+        [cell(e, what, form) for what, form in zip(COLUMNS, forms, strict=True)] for e in found["decoders"]
     ]
-    best = max(found["executors"], key=lambda executor: executor.get("with step", 0))
+    best = max(found["decoders"], key=lambda settings: settings.get("with step", 0))
     return rows, [
-        f"DALI's slices on the device: {found['slices']}.",
-        f"The step alone does {found['step']:,.0f} img/s, with the best loader ({best['decoder']}, {best['threads']} "
-        f"threads) {best['with step'] / found['step']:.1%} of that, and {best['waits']:.1%} of that time is waiting.",
+        f"Check of DALI's crops on the device: {found['gpu_check']}.",
+        f"The step alone does {found['step']:,.0f} img/s. With the best loader ({best['decoder']}, {best['threads']} "
+        f"threads) it does {best['with step'] / found['step']:.1%} of that, and waits {best['waits']:.1%} of the time.",
     ]
 
 
-def write(found: dict[str, Any], rows: list[list[str]], lines: list[str]) -> None:
-    path = RESULTS / f"{found['date']}-gpu"
+def save(found: dict[str, Any], rows: list[list[str]], lines: list[str]) -> None:
     text = [
         f"# {found['device']}, {found['date']}",
         "",
         f"`{found['command']}`: {found['recipe']}, batch {found['batch']}, {found['samples']} samples of "
         f"{found['mean_sample_bytes']:,} bytes; {found['cpu']}, {found['cores']} cores; {found['versions']}",
         "",
-        "Images a second, and the share of time that the step waits:",
+        "Images per second, and the share of time that the step waits for a batch:",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|---|" + "--:|" * (len(COLUMNS) - 1),
@@ -210,10 +221,7 @@ def write(found: dict[str, Any], rows: list[list[str]], lines: list[str]) -> Non
         "",
         *lines,
     ]
-    RESULTS.mkdir(exist_ok=True)
-    path.with_suffix(".md").write_text("\n".join(text) + "\n")
-    path.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
-    console.print(f"written: {path}.md and .json")
+    console.print(save_result(f"{found['date']}-gpu", found, "\n".join(text) + "\n"))
 
 
 def versions() -> str:
@@ -226,19 +234,21 @@ def versions() -> str:
     return ", ".join(found)
 
 
-@click.command()
-@click.option("--images", help="A folder of JPEGs; without it, and without --data, drawn scenes.")
-@click.option("--data", help="A dataset.")
+@click.command(help=(__doc__ or "").split("\n")[0])
 @click.option(
-    "--samples", default=16384, show_default=True, help="Of the dataset that is made, with repeats."
+    "--images", help="Folder of JPEGs to build a dataset from. Without it and --data, synthetic scenes."
 )
-@click.option("--recipe", default="recipes/pretrain_vit_base.yaml", show_default=True)
-@click.option("--batch", default=256, show_default=True)
-@click.option("--seconds", default=5.0, show_default=True, help="Of each measurement.")
+@click.option("--data", help="An existing dataset.")
+@click.option(
+    "--samples", default=16384, show_default=True, help="Size of the dataset that is built, with repeats."
+)
+@click.option("--recipe", default="recipes/pretrain_vit_base.yaml", show_default=True, help="Model to train.")
+@click.option("--batch", default=256, show_default=True, help="Images in a batch.")
+@click.option("--seconds", default=5.0, show_default=True, help="Duration of each measurement.")
 def main(images: str | None, data: str | None, samples: int, recipe: str, batch: int, seconds: float) -> None:
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
-        console.print("no GPU: this is the CPU, and no result is kept")
+        console.print("no GPU: measuring on the CPU, results are not saved")
     config = load_config(PretrainConfig, recipe, (f"global_batch={batch}",))
     with tempfile.TemporaryDirectory(prefix="maestream-bench-") as folder:
         dataset = open_dataset(data) if data else build_repeated(images, samples, Path(folder))
@@ -260,7 +270,7 @@ def main(images: str | None, data: str | None, samples: int, recipe: str, batch:
         table.add_row(*row)
     console.print(table, *lines, sep="\n")
     if device.type == "cuda":
-        write(found, rows, lines)
+        save(found, rows, lines)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""An MAE and its training step as one writes them down from the paper, and as they were trained when it came out: eager fp16
-with a loss scale, attention spelt out, all patches embedded and predicted, a look at the loss each step.
+"""A straightforward MAE and training loop, written from the paper and trained as was usual when it appeared: eager fp16 with
+loss scaling, explicit attention, all patches embedded and predicted, and the loss read at each step.
 
-Nothing here is shared with trainer/: it is what `benchmarks.step` compares with.
+It shares no code with trainer/, and is the baseline of `benchmarks.step`.
 """
 
 import math
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from trainer.config import ModelConfig
+from trainer.config.model_schema import ModelConfig
 
 
 class Block(nn.Module):
@@ -33,8 +33,8 @@ class Block(nn.Module):
 class PlainMAE(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.kept, self.patch = config.kept, config.patch_size
-        width, narrow, patches = config.width, config.decoder_width, config.patches
+        self.num_visible, self.patch = config.num_visible, config.patch_size
+        width, narrow, patches = config.width, config.decoder_width, config.num_patches
         self.embed = nn.Conv2d(3, width, self.patch, self.patch)
         self.cls, self.mask = nn.Parameter(torch.randn(1, 1, width)), nn.Parameter(torch.randn(1, 1, narrow))
         self.register_buffer("positions", torch.randn(1, patches, width))
@@ -48,14 +48,14 @@ class PlainMAE(nn.Module):
         self.predict = nn.Linear(narrow, 3 * self.patch**2)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised floats [n, 3, h, w] → the mean loss over masked patches."""
+        """The mean loss over masked patches of normalised images, float[n, 3, h, w]."""
         n = len(images)
         x = self.embed(images).flatten(2).transpose(1, 2) + self.positions
         order = torch.rand(n, x.shape[1], device=x.device).argsort(dim=1)
         place = order.argsort(dim=1)
-        x = x.gather(1, order[:, : self.kept, None].expand(-1, -1, x.shape[2]))
+        x = x.gather(1, order[:, : self.num_visible, None].expand(-1, -1, x.shape[2]))
         x = self.narrow(self.norm(self.encoder(torch.cat([self.cls.expand(n, -1, -1), x], dim=1))))
-        tokens = torch.cat([x[:, 1:], self.mask.expand(n, place.shape[1] - self.kept, -1)], dim=1)
+        tokens = torch.cat([x[:, 1:], self.mask.expand(n, place.shape[1] - self.num_visible, -1)], dim=1)
         tokens = tokens.gather(1, place[..., None].expand(-1, -1, tokens.shape[2]))
         x = self.decoder(torch.cat([x[:, :1], tokens], dim=1) + self.decoder_positions)
         prediction = self.predict(self.decoder_norm(x))[:, 1:]
@@ -64,13 +64,13 @@ class PlainMAE(nn.Module):
             target.var(dim=-1, keepdim=True) + 1e-6
         ).sqrt()
         loss = (prediction - target).square().mean(dim=-1)
-        masked = (place >= self.kept).float()
+        masked = (place >= self.num_visible).float()
         return (loss * masked).sum() / masked.sum()
 
 
 class PlainLoop:
-    """Steps of a `PlainMAE` with autocast to `precision` and a loss scale; the loss and the gradients' norm are looked at after
-    each."""
+    """Trains a `PlainMAE` with autocast to `precision` and loss scaling. Each step reads the loss and computes the gradient
+    norm."""
 
     def __init__(self, config: ModelConfig, precision: torch.dtype, device: torch.device) -> None:
         self.model = PlainMAE(config).to(device)

@@ -1,14 +1,14 @@
-"""Our loader beside DALI's own file reader, on the same files: img/s, and how many cores they keep busy.
+"""Compare our loader with DALI's file reader on the same files: images per second, and the cores that they keep busy.
 
     python -m benchmarks.readers --images DIR       # a folder of JPEGs, with repeats; 2 minutes
 
-Both give 224-pixel crops of ImageNet's law, flipped half of the time, as uint8 tensors where a trainer would want them: on the
-GPU if there is one, with as many decoding threads, in turn. DALI's reader shuffles in a buffer, draws its own crops, and
-checks no bytes; it is what its users write (docs.nvidia.com/deeplearning/dali, "fn.readers.file").
+Both make random 224-pixel crops (the distribution of RandomResizedCrop), half of them flipped, as uint8 tensors on the
+GPU if there is one, with the same number of decoding threads. They are measured in turn. DALI's reader shuffles in a
+buffer, draws its own crops and does not check the bytes, as in its documentation (docs.nvidia.com/deeplearning/dali,
+"fn.readers.file").
 """
 
 import datetime
-import json
 import statistics
 import sys
 import tempfile
@@ -26,11 +26,12 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.datasets import build_from, make_order, write_repeated
-from benchmarks.report import RESULTS, cpu_model
-from pipeline.cores import available_cores
-from pipeline.decode import make_decoder
-from pipeline.loader import Loader
-from pipeline.manifest import Dataset
+from benchmarks.output import save_result
+from pipeline.cpus import available_cores
+from pipeline.dataset.dataset import Dataset
+from pipeline.decode.factory import make_decoder
+from pipeline.loading.benchmark import cpu_model
+from pipeline.loading.loader import Loader
 
 SIZE, ROUNDS, WARM_UP = 224, 3, 8
 console = Console(highlight=False, soft_wrap=True)
@@ -43,7 +44,7 @@ def ours(dataset: Dataset, batch: int, threads: int, device: torch.device) -> It
             yield made.images.to(device, non_blocking=True)
 
 
-def dalis(files: Path, batch: int, threads: int, device: torch.device) -> Iterator[torch.Tensor]:
+def dali(files: Path, batch: int, threads: int, device: torch.device) -> Iterator[torch.Tensor]:
     from nvidia.dali import fn, pipeline_def, types
     from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
@@ -68,12 +69,13 @@ def dalis(files: Path, batch: int, threads: int, device: torch.device) -> Iterat
 
 
 def cpu_s() -> float:
-    """Seconds of CPU that this process and those below it have used."""
+    """CPU seconds used so far by this process and its descendants."""
     here = psutil.Process()
     return sum(sum(p.cpu_times()[:2]) for p in (here, *here.children(recursive=True)))
 
 
 def rate(batches: Iterator[torch.Tensor], seconds: float, device: torch.device) -> dict[str, float]:
+    """Images per second, and the mean number of busy cores."""
     for _ in range(WARM_UP):
         next(batches)
     begin, used, images = time.perf_counter(), cpu_s(), 0
@@ -92,7 +94,7 @@ def measure(
     for _ in track(range(ROUNDS), "rounds", console=console):
         for name, make in (
             ("maestream", lambda: ours(dataset, batch, threads, device)),
-            ("DALI's file reader", lambda: dalis(files, batch, threads, device)),
+            ("DALI's file reader", lambda: dali(files, batch, threads, device)),
         ):
             with closing(make()) as batches:
                 found[name].append(rate(batches, seconds, device))
@@ -103,12 +105,14 @@ def measure(
     return {"rounds": found, "faster_by": statistics.median(ratios), "ratios": ratios}
 
 
-@click.command()
-@click.option("--images", help="A folder of JPEGs; without it drawn scenes.")
-@click.option("--samples", default=8192, show_default=True)
-@click.option("--batch", default=256, show_default=True)
-@click.option("--threads", type=int, default=available_cores, show_default="as many as cores")
-@click.option("--seconds", default=8.0, show_default=True, help="Of each, a round.")
+@click.command(help=(__doc__ or "").split("\n")[0])
+@click.option("--images", help="Folder of JPEGs. Without it, synthetic scenes.")
+@click.option("--samples", default=8192, show_default=True, help="Number of files, with repeats.")
+@click.option("--batch", default=256, show_default=True, help="Images in a batch.")
+@click.option(
+    "--threads", type=int, default=available_cores, show_default="CPU count", help="Decoder threads."
+)
+@click.option("--seconds", default=8.0, show_default=True, help="Duration of each measurement.")
 def main(images: str | None, samples: int, batch: int, threads: int, seconds: float) -> None:
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory(prefix="maestream-bench-") as folder:
@@ -128,9 +132,7 @@ def main(images: str | None, samples: int, batch: int, threads: int, seconds: fl
             name, *(f"{statistics.median(r[what] for r in rounds):,.1f}" for what in ("img_per_s", "cores"))
         )
     console.print(table, f"maestream is {found['faster_by']:.2f} times as fast", sep="\n")
-    path = RESULTS / f"{found['date']}-readers-{device.type}.json"
-    path.write_text(json.dumps(found, indent=1) + "\n")
-    console.print(f"→ {path}")
+    console.print(save_result(f"{found['date']}-readers-{device.type}", found))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What a dataset of a million shards costs to open, to order and to plan, in seconds and in memory.
+"""Measure the time and memory to open a dataset of a million shards, compute its data order and plan its reads.
 
-    python benchmarks/scale.py [--shards 1000000] [--samples 10000]
+    python -m benchmarks.scale [--shards 1000000] [--samples 10000]
 
-The dataset is simulated: its manifest and its table of shards are real, written as a build writes them; its
-tars do not exist, and every shard has the same index, made in memory. All is measured in a fresh process
-without torch first, then with it. Prints tables, and writes them to benchmarks/results/<date>-scale.md and .json.
+The dataset is simulated: its manifest and table of shards are written as by a build, but there are no tars, and all
+shards share one index, which is made in memory. Everything is measured in a new process, first without torch and then
+with it. Prints tables, and writes them to benchmarks/results/<date>-scale.md and .json.
 """
 
 import argparse
@@ -23,26 +23,28 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from benchmarks.output import save_result
+
 ROOT = Path(__file__).parents[1]
 B, V, K = 4096, 1024, 128
 WORLD_SIZES = (1, 8, 64, 1024)
-SAMPLE_BYTES = 110_000  # as ImageNet's
+SAMPLE_BYTES = 110_000  # about ImageNet's mean
 memory: list[dict[str, Any]] = []
 times: list[dict[str, Any]] = []
 
 
-def remember_memory(when: str) -> None:
-    """Megabytes of this process now, and its peak since the last call."""
+def record_memory(when: str) -> None:
+    """Record the megabytes of this process now, and its peak since the last call."""
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
     mb = {words[0]: round(int(words[1]) * 1024 / 1e6) for words in lines if words[-1:] == ["kB"]}
     anonymous = mb["RssAnon:"] + mb["RssShmem:"]
     memory.append({"when": when, "resident": mb["VmRSS:"], "anonymous": anonymous, "peak": mb["VmHWM:"]})
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew, proc(5)
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak, proc(5)
 
 
 def clock(what: str, calls: Iterator[Callable[[], object]]) -> None:
-    """Milliseconds of each call; what the iterator does in between does not count."""
+    """Record the milliseconds of each call; the time in the iterator itself does not count."""
     ms = []
     for call in calls:
         begin = time.perf_counter()
@@ -53,12 +55,12 @@ def clock(what: str, calls: Iterator[Callable[[], object]]) -> None:
 
 
 def simulate(folder: str, shards: int, samples: int) -> None:
-    """Write manifest and table of a dataset of so many shards, each with so many samples."""
+    """Write manifest and table of shards of a dataset with so many shards of so many samples each."""
     import numpy as np
     import pyarrow as pa
 
-    from pipeline.manifest import SHARDS_SCHEMA, write_dataset
-    from pipeline.storage import open_store
+    from pipeline.dataset.manifest import SHARDS_SCHEMA, write_dataset
+    from pipeline.storage.store import open_store
 
     rng = np.random.default_rng(0)
 
@@ -79,12 +81,12 @@ def simulate(folder: str, shards: int, samples: int) -> None:
 
 
 def index_file(samples: int) -> bytes:
-    """The index of a shard of so many samples of the same size."""
+    """The index of a shard with so many samples, all of the same size."""
     import numpy as np
     import pyarrow as pa
 
-    from pipeline.manifest import INDEX_SCHEMA
-    from pipeline.parquet import to_parquet
+    from pipeline.dataset.manifest import INDEX_SCHEMA
+    from pipeline.storage.parquet import to_parquet
 
     rng, ones = np.random.default_rng(0), np.ones(samples, np.int64)
     columns = {
@@ -100,18 +102,18 @@ def index_file(samples: int) -> bytes:
 
 
 def measure(folder: str) -> None:
-    """Print as JSON what it takes to open the dataset in `folder`, and to order and plan its steps."""
-    remember_memory("Python")
+    """Open the dataset in `folder`, and order and plan its steps; print time and memory as JSON."""
+    record_memory("Python")
     import numpy as np
 
-    from pipeline.manifest import open_dataset
-    from pipeline.order import Order
+    from pipeline.dataset.dataset import open_dataset
+    from pipeline.loading.order import Order
 
-    remember_memory("imports of pipeline/, without torch")
+    record_memory("pipeline imported, without torch")
     opened = []
     clock("open_dataset", iter([lambda: opened.append(open_dataset(folder))]))
     dataset = opened[0]
-    remember_memory("opened")
+    record_memory("dataset opened")
 
     order = Order(dataset.shard_samples, 0, B, V, K)
     rng = np.random.default_rng(0)
@@ -129,30 +131,30 @@ def measure(folder: str) -> None:
 
     for world_size in WORLD_SIZES:
         clock(f"order: any step of any rank, W = {world_size}", steps(world_size))
-    remember_memory("ordered")
+    record_memory("order computed")
 
     data = index_file(int(dataset.shard_samples[0]))
     shards = rng.choice(dataset.manifest.shards, V, replace=False).tolist()
-    clock("take in a shard's index", (lambda s=s: dataset.index(s, lambda _: data) for s in shards))
-    remember_memory(f"indexes of {V} shards taken in, INDEX_BYTES kept")
+    clock("parse a shard's index", (lambda s=s: dataset.index(s, lambda _: data) for s in shards))
+    record_memory(f"indexes of {V} shards parsed, INDEX_BYTES kept")
 
-    from pipeline.reader import Reader
+    from pipeline.loading.readahead import Reader
 
-    remember_memory("torch imported")
+    record_memory("torch imported")
 
-    class Stored:
-        """In the fetcher's place: indexes are here at once, samples never come."""
+    class InstantFetcher:
+        """Stands in for the fetch process: returns indexes at once, and never any samples."""
 
-        def whole(self, _name: str) -> "Future[memoryview]":
+        def read_file(self, _name: str) -> "Future[memoryview]":
             answer: Future[memoryview] = Future()
             answer.set_result(memoryview(data))
             return answer
 
     for world_size in WORLD_SIZES:
-        start = 7 * epoch - 40  # two blocks of each lane, so as many as are held at once
+        start = 7 * epoch - 40  # two blocks of each lane, as many as are held at the same time
         reader = Reader(dataset, order, world_size // 2, world_size, start, 8 * epoch, 1 << 40)
         reader.close()
-        reader.fetcher = Stored()  # type: ignore[assignment]
+        reader.fetcher = InstantFetcher()  # type: ignore[assignment]
 
         def plan(first: int, stop: int, reader: Any = reader) -> Iterator[Callable[[], object]]:
             return (lambda step=step: reader._plan(step, wait=True) for step in range(first, stop))
@@ -161,7 +163,7 @@ def measure(folder: str) -> None:
         clock(f"plan: a run's second step, W = {world_size}", plan(start + 1, start + 2))
         clock(f"plan: steps after that, W = {world_size}", plan(start + 2, 7 * epoch))
         clock(f"plan: the first step of an epoch, W = {world_size}", plan(7 * epoch, 7 * epoch + 1))
-        remember_memory(f"planned 41 steps, W = {world_size}")
+        record_memory(f"planned 41 steps, W = {world_size}")
     print(json.dumps({"memory_mb": memory, "times": times}))
 
 
@@ -172,13 +174,13 @@ def cpu() -> str:
 
 
 def report(found: dict[str, Any], title: str) -> str:
-    """The tables as Markdown; rich prints the same."""
+    """The tables as Markdown."""
     lines = [f"# {title}", "", *(f"- {k}: {found[k]}" for k in ("date", "cpu", "command")), ""]
-    lines += ["| what | median ms | max ms | of |", "|---|---:|---:|---:|"]
+    lines += ["| operation | median, ms | max, ms | calls |", "|---|---:|---:|---:|"]
     lines += ["| {what} | {median_ms} | {max_ms} | {count} |".format(**row) for row in found["times"]]
     lines += [
         "",
-        "| memory, MB | resident | anonymous and shared | peak on the way |",
+        "| memory, MB | resident | anonymous and shared | peak since the row above |",
         "|---|---:|---:|---:|",
     ]
     lines += ["| {when} | {resident} | {anonymous} | {peak} |".format(**row) for row in found["memory_mb"]]
@@ -189,8 +191,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shards", type=int, default=1_000_000)
-    parser.add_argument("--samples", type=int, default=10_000, help="of each shard")
+    parser.add_argument("--shards", type=int, default=1_000_000, help="number of shards")
+    parser.add_argument("--samples", type=int, default=10_000, help="samples per shard")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -201,18 +203,16 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         simulate(folder, options.shards, options.samples)
-        fresh = [sys.executable, __file__, "--measure", folder]
+        command = [sys.executable, "-m", "benchmarks.scale", "--measure", folder]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(fresh, check=True, env=environment, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True)
     today = date.today().isoformat()
-    command = " ".join(["python", os.path.relpath(__file__, ROOT), *sys.argv[1:]])
+    command = " ".join(["python -m benchmarks.scale", *sys.argv[1:]])
     found = {"date": today, "cpu": cpu(), "command": command, **json.loads(done.stdout)}
     title = f"{options.shards:,} shards of {options.samples:,} samples (B = {B}, V = {V}, K = {K})"
     text = report(found, title.replace(",", " "))
     Console().print(Markdown(text))
-    results = ROOT / "benchmarks/results" / f"{today}-scale"
-    results.with_suffix(".md").write_text(text)
-    results.with_suffix(".json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+    print(save_result(f"{today}-scale", found, text))
     return None
 
 

@@ -1,19 +1,21 @@
-"""How fast images become shards, beside what the disk, the decoder and webdataset's own writer make of the same files.
+"""Measure `maestream shards build`, and for comparison copying, decoding and webdataset's ShardWriter on the same files.
 
     python -m benchmarks.sharding [--images DIR] [--samples 20000] [--rounds 3]
 
-DIR: a folder of class folders of JPEGs; none: drawn scenes; repeated until there are so many samples, in the page
-cache. In turn, in each round; reported are medians, and the median over rounds of each ratio:
+DIR is a folder of class folders of JPEGs; without it, synthetic scenes are used. The files are repeated up to the number
+of samples, and are in the page cache. All are measured in turn in each round. The report gives medians, and the median
+over rounds of each ratio:
 
-- copy: `cp -r` of the tree, then `sha256sum` of the copies: nothing is shuffled, packed or indexed.
-- header, decode: `maestream shards build` with as many tasks as there are cores, each of them up already (starting Ray
-  is told apart); every image's header looked at, or every image decoded.
-- floor: as many processes as there are cores, each of which does nothing but decode the same files in full.
-- floor, an eighth: the same at an eighth of the size in each direction, as the check does, which reads all of a file, too.
+- copy: `cp -r` of the tree, then `sha256sum` of the copies. Nothing is shuffled, packed or indexed.
+- header, decode: `maestream shards build` with as many Ray tasks as cores, checking every image's header, or decoding
+  every image. The tasks are running already; the start of Ray is measured separately.
+- floor: as many processes as cores, which only decode the same files at full size.
+- floor, an eighth: the same at an eighth of the width and height, like the check of `shards build`, which also reads whole
+  files.
 - shorter side 256: `maestream shards build --shorter-side 256`.
-- webdataset: its ShardWriter in one process, which reads the files in order, and shuffles, checks and indexes nothing.
+- webdataset: ShardWriter in one process, which reads the files in order and does not shuffle, check or index.
 
-Then memory, of the driver and of its largest task, at 10,000 and 100,000 images of 4 kB.
+Finally, the memory of the driver and of its largest task, with 10,000 and 100,000 images of 4 kB.
 """
 
 import datetime
@@ -41,19 +43,19 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.datasets import read_images
-from benchmarks.report import RESULTS
-from cluster.sharding import ray_tasks
-from pipeline.ahead import Run
-from pipeline.bench import cpu_model
-from pipeline.cores import available_cores
-from pipeline.images import Changes
-from pipeline.shards import build
-from pipeline.storage import open_store
-from pipeline.write import Options
+from benchmarks.output import save_result
+from cluster.runtime.task_pool import task_pool
+from pipeline.build.build import build
+from pipeline.build.shard_writer import BuildOptions
+from pipeline.cpus import available_cores
+from pipeline.dataset.image_check import Conversion
+from pipeline.loading.benchmark import cpu_model
+from pipeline.parallel import ParallelMap
+from pipeline.storage.store import open_store
 
 CLASSES = 100
 MEMORY_IMAGES = (10_000, 100_000)
-RATIOS = [
+RATIOS = [  # name, numerator, denominator, target
     ("header ÷ copy", "header", "copy", 0.8),
     ("decode ÷ floor", "decode", "floor", 0.9),
     ("decode ÷ floor, an eighth", "decode", "floor, an eighth", None),
@@ -63,12 +65,14 @@ RATIOS = [
 
 
 def make_tree(images: list[bytes], samples: int, folder: Path) -> int:
-    """Class folders of so many files. Returns their bytes."""
+    """Write `samples` files to class folders. Returns their total size in bytes."""
     total = 0
     for i in range(samples):
         path = folder / f"class-{i % CLASSES:03d}" / f"{i:08d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        data = images[i % len(images)] + i.to_bytes(8, "little")  # behind the image: no two are the same
+        data = images[i % len(images)] + i.to_bytes(
+            8, "little"
+        )  # appended to the image, so that no two files are the same
         path.write_bytes(data)
         total += len(data)
     return total
@@ -91,8 +95,10 @@ def write_webdataset(tree: Path, out: Path) -> None:
             )
 
 
-def measure(tree: Path, samples: int, folder: Path, run: Run, pool: ProcessPoolExecutor) -> dict[str, float]:
-    """Images a second of each."""
+def measure(
+    tree: Path, samples: int, folder: Path, run: ParallelMap, pool: ProcessPoolExecutor
+) -> dict[str, float]:
+    """Images per second of each method."""
     files = sorted(tree.rglob("*.jpg"))
     cores = available_cores()
     out = folder / "out"
@@ -101,7 +107,7 @@ def measure(tree: Path, samples: int, folder: Path, run: Run, pool: ProcessPoolE
         subprocess.run(["cp", "-r", tree, out], check=True)
         subprocess.run(f"find {out} -type f -print0 | xargs -0 sha256sum > /dev/null", shell=True, check=True)
 
-    def ours(options: Options) -> Callable[[], object]:
+    def ours(options: BuildOptions) -> Callable[[], object]:
         return lambda: build(str(tree), open_store(str(out)), options, run=run)
 
     def decode(scale: int) -> None:
@@ -109,17 +115,17 @@ def measure(tree: Path, samples: int, folder: Path, run: Run, pool: ProcessPoolE
 
     contestants: dict[str, Callable[[], object]] = {
         "copy": copy,
-        "header": ours(Options(check="header")),
-        "decode": ours(Options()),
+        "header": ours(BuildOptions(check="header")),
+        "decode": ours(BuildOptions()),
         "floor": lambda: decode(1),
         "floor, an eighth": lambda: decode(8),
-        "shorter side 256": ours(Options(changes=Changes(shorter_side=256))),
+        "shorter side 256": ours(BuildOptions(conversion=Conversion(shorter_side=256))),
         "webdataset": lambda: write_webdataset(tree, out),
     }
     rates = {}
     for name, contestant in contestants.items():
         shutil.rmtree(out, ignore_errors=True)
-        subprocess.run(["sync"], check=True)  # what others left to be written is not this one's
+        subprocess.run(["sync"], check=True)  # so that this one does not pay for the writes of the one before
         begin = time.perf_counter()
         contestant()
         rates[name] = samples / (time.perf_counter() - begin)
@@ -129,7 +135,7 @@ def measure(tree: Path, samples: int, folder: Path, run: Run, pool: ProcessPoolE
 
 @contextmanager
 def peak_memory() -> Iterator[dict[str, float]]:
-    """Megabytes that are their own of this process, and of the largest task below it."""
+    """Peak private memory (USS) in megabytes, of this process and of its largest task."""
     peak = {"driver": 0.0, "task": 0.0}
     done = threading.Event()
 
@@ -154,7 +160,7 @@ def peak_memory() -> Iterator[dict[str, float]]:
 
 
 def memory_of(images: int, folder: Path) -> dict[str, float]:
-    """In a process of its own, so that it does not begin with what the rest has used."""
+    """Peak memory of a build in a process of its own, so that nothing from before counts."""
     with Image.effect_noise((96, 96), 50) as noise:
         buffer = io.BytesIO()
         noise.save(buffer, "JPEG", quality=60)
@@ -167,16 +173,20 @@ def memory_of(images: int, folder: Path) -> dict[str, float]:
 
 
 @click.command()
-@click.option("--images", help="Folder of JPEGs; drawn scenes without it.")
-@click.option("--samples", type=click.IntRange(min=100), default=20_000, show_default=True)
-@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
+@click.option("--images", help="Folder of JPEGs. Without it, synthetic scenes.")
+@click.option(
+    "--samples", type=click.IntRange(min=100), default=20_000, show_default=True, help="Number of files."
+)
+@click.option(
+    "--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Measurements of each."
+)
 @click.option("--only-memory", hidden=True)
 def main(images: str | None, samples: int, rounds: int, only_memory: str | None) -> None:
-    """Rates and memory of `maestream shards build`."""
+    """Measure the throughput and memory of `maestream shards build`."""
     if only_memory:
         out = open_store(f"{only_memory}-out")
-        with peak_memory() as peak, ray_tasks(None) as run:
-            build(only_memory, out, Options(shard_bytes=8 << 20), run=run)
+        with peak_memory() as peak, task_pool(None) as run:
+            build(only_memory, out, BuildOptions(shard_bytes=8 << 20), run=run)
         shutil.rmtree(out.root)
         print(json.dumps(peak))
         return
@@ -186,11 +196,11 @@ def main(images: str | None, samples: int, rounds: int, only_memory: str | None)
         total = make_tree(read_images(images), samples, folder / "tree")
         measured = []
         begin = time.perf_counter()
-        with ray_tasks(None) as run, ProcessPoolExecutor(available_cores()) as pool:
+        with task_pool(None) as run, ProcessPoolExecutor(available_cores()) as pool:
             start_s = time.perf_counter() - begin
             for nth in track(range(rounds + 1), "rounds"):
                 rates = measure(folder / "tree", samples, folder, run, pool)
-                if nth:  # the first one warms everything up
+                if nth:  # the first round is the warm-up
                     measured.append(rates)
         memory = {f"{n:,} images": memory_of(n, folder) for n in track(MEMORY_IMAGES, "memory")}
     result: dict[str, Any] = {
@@ -209,15 +219,12 @@ def main(images: str | None, samples: int, rounds: int, only_memory: str | None)
     for name in measured[0]:
         rate = statistics.median(r[name] for r in measured)
         table.add_row(name, f"{rate:,.0f}", f"{rate * total / samples / 1e6:,.0f}")
-    for name, _, _, bar in RATIOS:
-        table.add_row(name, f"{result[name]:.2f}", "" if bar is None else f"bar: {bar}")
+    for name, _, _, target in RATIOS:
+        table.add_row(name, f"{result[name]:.2f}", "" if target is None else f"target: {target}")
     for name, peak in memory.items():
         table.add_row(f"memory, {name}", f"driver {peak['driver']:.0f} MB", f"a task {peak['task']:.0f} MB")
     console.print(table)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{result['date']}-sharding.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    console.print(f"→ {path}")
+    console.print(save_result(f"{result['date']}-sharding", result))
 
 
 if __name__ == "__main__":

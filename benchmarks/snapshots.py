@@ -1,21 +1,18 @@
-"""What hot snapshots cost: steps of a recipe's model, and how much longer those take that follow a snapshot.
+"""Measure the cost of snapshots: how much longer the steps of a recipe's model take because of them.
 
     python -m benchmarks.snapshots              # a ViT-B, on the GPU if there is one
 
-Images are on the device already, so that nothing but steps and snapshots takes time. A snapshot is taken each EACH
-steps, which is more often than training does. The first AFTER steps with it and after it, in which it is copied and
-written, are compared with the median of the others around them: what they take longer is its cost. Reported is that
-cost over the time of the steps between two snapshots, as training would choose them; and the bytes they keep.
+Images are on the device already, so only steps and snapshots take time. A snapshot is taken every EACH steps, more often
+than in training. It is copied and written during AFTER steps; the extra time of these steps over the median of the others
+is its cost. The report gives this cost as a share of the time between two snapshots at the interval that training would
+choose, and the size of a snapshot.
 """
 
 import datetime
-import json
 import statistics
 import sys
 import tempfile
 import time
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import click
@@ -23,40 +20,42 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.report import RESULTS, cpu_model
-from pipeline.cores import available_cores
-from pipeline.storage import open_store
-from trainer.bench import resident_batch
-from trainer.config import PretrainConfig
-from trainer.mae import MAE
-from trainer.optim import adamw
-from trainer.pretrain import pretrain_step
-from trainer.recipe import load_config
-from trainer.run import Run
-from trainer.snapshot import STATE, Snapshots
+from benchmarks.output import save_result
+from pipeline.cpus import available_cores
+from pipeline.loading.benchmark import cpu_model
+from pipeline.storage.store import open_store
+from trainer.config.recipe import load_config
+from trainer.config.schema import PretrainConfig
+from trainer.models.mae import MAE
+from trainer.run.run import Run
+from trainer.run.snapshot import STATE, Snapshots
+from trainer.run.worker import Worker
+from trainer.train.benchmark import resident_batch
+from trainer.train.optim import adamw
+from trainer.train.pretrain import pretrain_step
 
 EACH, AFTER = 8, 3  # steps
 
 
-def measure(config: PretrainConfig, run: Run, taken: int) -> dict[str, Any]:
-    """Seconds of a step, what a snapshot costs of them, and how often training would take one."""
+def measure(config: PretrainConfig, run: Run, worker: Worker, taken: int) -> dict[str, Any]:
+    """Measure the seconds of a step, the cost of a snapshot, and the interval that training would choose."""
     torch.manual_seed(0)
-    model = MAE(config.model).to(run.device)
+    model = MAE(config.model).to(worker.device)
     optimizer = adamw(model, config.optim)
-    batch = resident_batch(config, run.device)
-    snapshots = Snapshots(run, config, 0)
-    optimizer.register_step_pre_hook(lambda *_: snapshots.before_update())
+    batch = resident_batch(config, worker.device)
+    snapshots = Snapshots(run, worker, config, 0)
+    optimizer.register_step_pre_hook(lambda *_: snapshots.wait_for_copy())
 
     def step(nth: int, hot: bool) -> float:
         begin = time.perf_counter()
-        pretrain_step(model, optimizer, batch, config, run)
+        pretrain_step(model, optimizer, batch, config, worker)
         if hot:
             snapshots.take(nth, model, optimizer, [], 0)
-        if run.device.type == "cuda":
-            torch.cuda.synchronize(run.device)
+        if worker.device.type == "cuda":
+            torch.cuda.synchronize(worker.device)
         return time.perf_counter() - begin
 
-    for nth in range(1, 1 + EACH):  # memory is had, and what one costs is known
+    for nth in range(1, 1 + EACH):  # warm-up: allocates memory, and lets `Snapshots` measure the cost
         step(nth, hot=nth in (1, EACH // 2))
     costs, plain, between = [], [], []
     for nth in track(range(1 + EACH, 1 + EACH * (1 + taken)), "steps"):
@@ -84,16 +83,16 @@ def measure(config: PretrainConfig, run: Run, taken: int) -> dict[str, Any]:
     }
 
 
-@click.command()
-@click.option("--recipe", default="recipes/pretrain_vit_base.yaml", show_default=True)
-@click.option("--batch", default=8, show_default=True)
-@click.option("--snapshots", "taken", default=12, show_default=True, help="So many are taken.")
+@click.command(help=(__doc__ or "").split("\n")[0])
+@click.option("--recipe", default="recipes/pretrain_vit_base.yaml", show_default=True, help="Model to train.")
+@click.option("--batch", default=8, show_default=True, help="Images in a batch.")
+@click.option("--snapshots", "taken", default=12, show_default=True, help="Number of snapshots to take.")
 def main(recipe: str, batch: int, taken: int) -> None:
     console = Console(highlight=False)
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     config = load_config(PretrainConfig, recipe, (f"global_batch={batch}", "data.lanes=1"))
     with tempfile.TemporaryDirectory(prefix="maestream-bench-") as folder:
-        run = replace(Run(open_store(folder), "benchmark", 1), device=device)
+        run = Run(open_store(folder), "benchmark", 1)
         found = {
             "date": datetime.date.today().isoformat(),
             "command": " ".join(["python -m benchmarks.snapshots", *sys.argv[1:]]),
@@ -101,15 +100,13 @@ def main(recipe: str, batch: int, taken: int) -> None:
             "cores": available_cores(),
             "recipe": recipe,
             "batch": batch,
-            **measure(config, run, taken),
+            **measure(config, run, Worker(device=device), taken),
         }
     console.print(
-        f"a step takes {found['step_s']:.2f} s, a snapshot {found['cost_s']:.2f} s of the steps, and is taken each "
-        f"{found['steps between two']:.0f} steps: {found['share']:.1%}; {found['bytes'] / 1e9:.2f} GB"
+        f"step {found['step_s']:.2f} s; a snapshot ({found['bytes'] / 1e9:.2f} GB) costs {found['cost_s']:.2f} s, and with one "
+        f"every {found['steps between two']:.0f} steps training takes {found['share']:.1%} longer"
     )
-    path = Path(RESULTS, f"{found['date']}-snapshots.json")
-    path.write_text(json.dumps(found, indent=1) + "\n")
-    console.print(f"→ {path}")
+    console.print(save_result(f"{found['date']}-snapshots", found))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,17 @@
-"""Our training step beside others', on one device in one run, in turn: img/s.
+"""Compare our training step with others on the same device, in images per second.
 
     python -m benchmarks.step                                       # a ViT-B, on the GPU if there is one
     python -m benchmarks.step --recipe recipes/pretrain_vit_large.yaml --batch 256
 
 - maestream: the step of `maestream pretrain`; on a GPU also without torch.compile, and with CUDA graphs
-- transformers: its ViTMAEForPreTraining in the same precision, with fused AdamW; on a GPU also with torch.compile
-- plain: a loop in eager fp16 as the paper's authors describe theirs, see benchmarks.plain_mae; float32 on a CPU
+- transformers: ViTMAEForPreTraining in the same precision, with fused AdamW; on a GPU also with torch.compile
+- plain: a loop in eager fp16 as the paper's authors describe theirs (`benchmarks.plain_mae`); float32 on a CPU
 
-Images are on the device already. And which of torch's attention kernels is the fastest for the shapes of the model,
-forward and backward.
+Images are on the device already. It also measures torch's attention kernels, forward and backward, for the shapes of the
+model.
 """
 
 import datetime
-import json
 import statistics
 import sys
 import time
@@ -30,14 +29,15 @@ from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
+from benchmarks.output import save_result
 from benchmarks.plain_mae import PlainLoop
-from benchmarks.report import RESULTS, cpu_model
-from pipeline.cores import available_cores
-from trainer.bench import make_bench, resident_batch
-from trainer.config import PretrainConfig
-from trainer.device import autocast, compiles
-from trainer.layouts import transformers_config
-from trainer.recipe import load_config
+from pipeline.cpus import available_cores
+from pipeline.loading.benchmark import cpu_model
+from trainer.config.device import autocast, should_compile
+from trainer.config.recipe import load_config
+from trainer.config.schema import PretrainConfig
+from trainer.train.benchmark import make_bench, resident_batch
+from trainer.weights.state_dicts import transformers_config
 
 ROUNDS = 3
 Step = Callable[[], object]
@@ -82,36 +82,41 @@ def plain(config: PretrainConfig, device: torch.device) -> Step:
 def contestants(config: PretrainConfig, device: torch.device) -> dict[str, Callable[[], Step]]:
     eager = config.model_copy(update={"compile": "never"})
     found = {"maestream": lambda: ours(config, device)}
-    if compiles(config, device):
+    if should_compile(config, device):
         found["maestream, not compiled"] = lambda: ours(eager, device)
         found["maestream, CUDA graphs"] = lambda: graphed(config, device)
     found["transformers ViTMAE"] = lambda: theirs(config, device, False)
-    if compiles(config, device):
+    if should_compile(config, device):
         found["transformers ViTMAE, compiled"] = lambda: theirs(config, device, True)
     found["plain loop"] = lambda: plain(config, device)
     return found
 
 
 def rate(step: Step, batch: int, seconds: float, device: torch.device) -> float:
-    """Images a second."""
+    """Images per second."""
     steps, begin = 0, time.perf_counter()
     while steps < 2 or time.perf_counter() - begin < seconds:
         step()
         steps += 1
         if device.type == "cuda" and steps % 4 == 0:
-            torch.cuda.synchronize(device)  # or steps would be queued without end
+            torch.cuda.synchronize(device)  # otherwise the queue of steps would grow without limit
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return steps * batch / (time.perf_counter() - begin)
 
 
 def attention(config: PretrainConfig, device: torch.device) -> list[dict[str, Any]]:
-    """Milliseconds of attention, forward and backward, by each kernel that does these shapes."""
+    """Milliseconds of attention, forward and backward, with each kernel that supports these shapes."""
     model, n = config.model, config.global_batch
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     shapes = {
-        "encoder": (n, model.heads, 1 + model.kept, model.width // model.heads),
-        "decoder": (n, model.decoder_heads, 1 + model.patches, model.decoder_width // model.decoder_heads),
+        "encoder": (n, model.heads, 1 + model.num_visible, model.width // model.heads),
+        "decoder": (
+            n,
+            model.decoder_heads,
+            1 + model.num_patches,
+            model.decoder_width // model.decoder_heads,
+        ),
     }
     rows = []
     for where, shape in shapes.items():
@@ -136,7 +141,7 @@ def attention(config: PretrainConfig, device: torch.device) -> list[dict[str, An
                     with sdpa_kernel(kernel):
                         act()
                         row[kernel.name.lower()] = 1000 / rate(act, 1, 0.2, device)
-            except RuntimeError:  # not of these shapes, or not on this device
+            except RuntimeError:  # does not support these shapes or this device
                 continue
         rows.append(row)
     return rows
@@ -161,10 +166,10 @@ def measure(config: PretrainConfig, device: torch.device, seconds: float) -> dic
     }
 
 
-@click.command()
-@click.option("--recipe", default="recipes/pretrain_vit_base.yaml", show_default=True)
-@click.option("--batch", type=int, help="[default: 256 on a GPU, else 8]")
-@click.option("--seconds", default=10.0, show_default=True, help="Of each, a round.")
+@click.command(help=(__doc__ or "").split("\n")[0])
+@click.option("--recipe", default="recipes/pretrain_vit_base.yaml", show_default=True, help="Model to train.")
+@click.option("--batch", type=int, help="Images in a batch.  [default: 256 on a GPU, 8 on a CPU]")
+@click.option("--seconds", default=10.0, show_default=True, help="Duration of each measurement.")
 def main(recipe: str, batch: int | None, seconds: float) -> None:
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     n = batch or (256 if device.type == "cuda" else 8)
@@ -179,7 +184,7 @@ def main(recipe: str, batch: int | None, seconds: float) -> None:
         "batch": n,
         **measure(config, device, seconds),
     }
-    table = Table("", "img/s", "maestream is faster by")
+    table = Table("", "img/s", "maestream's speed-up")
     for name, value in found["img_per_s"].items():
         table.add_row(name, f"{value:,.1f}", f"{found['maestream is faster by'][name]:.2f}")
     console.print(table)
@@ -189,9 +194,7 @@ def main(recipe: str, batch: int | None, seconds: float) -> None:
         )
         console.print(f"attention of the {row['where']}, {row['shape']}: {kernels}")
     name = Path(recipe).stem.removeprefix("pretrain_")
-    path = Path(RESULTS, f"{found['date']}-step-{device.type}-{name}.json")
-    path.write_text(json.dumps(found, indent=1) + "\n")
-    console.print(f"→ {path}")
+    console.print(save_result(f"{found['date']}-step-{device.type}-{name}", found))
 
 
 if __name__ == "__main__":

@@ -1,22 +1,20 @@
-"""Our reads from S3 beside plain concurrent ranged reads, and beside local files; bytes that are read.
+"""Compare our reads from S3 with plain concurrent range requests and with local files, and count the bytes read.
 
-    make bench-storage IMAGES=DIR       DIR: a folder of JPEGs, or of class folders; none: drawn scenes
+    make bench-storage IMAGES=DIR       DIR: a folder of JPEGs or of class folders; without it, synthetic scenes
 
-runs it beside the tests' S3 server, all on the cores of this machine. Rounds in turn; reported are medians, and the
-median over rounds of each ratio.
+This runs it with the tests' S3 server, all on the cores of this machine. All are measured in turn in each round. The
+report gives medians, and the median over rounds of each ratio.
 
-- cold: `pipeline.reader` through two epochs with nothing kept (nothing is decoded, checksums are computed) against
-  fsspec's `cat_ranges` of the same shards in 8 MiB ranges, 16 at once. Both in memory that they have already, so the
-  second epoch is ours. The first has the start in it: small reads for the samples of the first batch, so that it comes
-  soon, each of which costs this server 10 ms of a core; and all memory is had from the system, which is as dear as
-  reading.
-- cached: a whole loader from S3 with all of the dataset kept, against the same loader from local files.
-- bytes: read for the first batch of 4096 (by the time it is complete) over its own; read in an epoch by all
-  workers together over the dataset's.
+- cold: `pipeline.loading.readahead` over two epochs without a disk cache (no decoding, but checksums) against fsspec's
+  `cat_ranges` of the same shards in 8 MiB ranges, 16 at once. The ratio uses our second epoch, in which both have
+  their memory already. The first epoch includes the start: small reads for the first batch, so that it is complete soon,
+  each of which costs this server 10 ms of a core; and all memory has to be allocated, which takes as long as reading.
+- cached: the whole loader on S3 with the whole dataset in the disk cache, against the same loader on local files.
+- bytes: bytes read until the first batch of 4096 is complete, divided by the batch's size; and bytes read by all workers
+  together in an epoch, divided by the size of the dataset.
 """
 
 import datetime
-import json
 import os
 import statistics
 import sys
@@ -30,21 +28,21 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.datasets import build_repeated, make_order
-from benchmarks.report import RESULTS
-from pipeline.bench import cpu_model
-from pipeline.cores import available_cores
-from pipeline.decode import make_decoder
-from pipeline.loader import Loader
-from pipeline.manifest import Dataset, open_dataset
-from pipeline.reader import Reader
-from pipeline.storage import open_store
+from benchmarks.output import save_result
+from pipeline.cpus import available_cores
+from pipeline.dataset.dataset import Dataset, open_dataset
+from pipeline.decode.factory import make_decoder
+from pipeline.loading.benchmark import cpu_model
+from pipeline.loading.loader import Loader
+from pipeline.loading.readahead import Reader
+from pipeline.storage.store import open_store
 
 BATCH, ROUNDS, RANGE_BYTES, AT_ONCE = 64, 4, 8 << 20, 16
 BUCKET = "s3://maestream/bench-storage"
 
 
 def make_datasets(images: str | None, samples: int, folder: Path) -> tuple[Dataset, Dataset]:
-    """The same shards in a local folder and in the bucket."""
+    """Build the same dataset in a local folder and in the bucket."""
     local, remote = build_repeated(images, samples, folder).store, open_store(BUCKET)
     remote.remove(remote.names())
     for name in track(sorted(local.names(), key=lambda n: n == "manifest.json"), "copying to S3"):
@@ -53,7 +51,7 @@ def make_datasets(images: str | None, samples: int, folder: Path) -> tuple[Datas
 
 
 def plain_reads(dataset: Dataset) -> float:
-    """MB/s of fsspec's own concurrent ranged reads of all shards."""
+    """MB/s of fsspec's concurrent range requests for all shards."""
     store, begin, total = dataset.store, time.perf_counter(), 0
     for shard, size in enumerate(dataset.shard_bytes.tolist()):
         starts = list(range(0, size, RANGE_BYTES))
@@ -67,9 +65,9 @@ def plain_reads(dataset: Dataset) -> float:
 def cold_reads(dataset: Dataset) -> list[float]:
     """MB/s of our reader in each of two epochs."""
     order = make_order(dataset, BATCH)
-    bound = Loader(dataset, order, make_decoder("auto", 224, 1), 0, 1).bound_bytes
+    bound = Loader(dataset, order, make_decoder("auto", 224, 1), 0, 1).readahead_bytes
     reader = Reader(dataset, order, 0, 1, 0, 2 * order.steps_per_epoch, bound)
-    reader.fetcher.whole("manifest.json").result()  # it is up
+    reader.fetcher.read_file("manifest.json").result()  # wait until the fetch process has started
     rates = []
     for epoch in range(2):
         begin, before = time.perf_counter(), reader.fetcher.storage_bytes
@@ -81,7 +79,7 @@ def cold_reads(dataset: Dataset) -> list[float]:
 
 
 def images_per_second(dataset: Dataset, cache: tuple[str, int] | None) -> float:
-    """Of the second of two epochs of a whole loader."""
+    """Images per second of the whole loader, in the second of two epochs."""
     order = make_order(dataset, BATCH)
     loader = Loader(dataset, order, make_decoder("auto", 224, available_cores()), 0, 1, cache)
     begin = 0.0
@@ -94,7 +92,7 @@ def images_per_second(dataset: Dataset, cache: tuple[str, int] | None) -> float:
 
 
 def first_batch_bytes(dataset: Dataset) -> float:
-    """Read for the first batch of 4096 at world size 1, indexes too, over its own bytes."""
+    """Bytes read for the first batch of 4096 at world size 1, with indexes, divided by the batch's size."""
     order = make_order(dataset, 4096)
     reader = Reader(dataset, order, 0, 1, 0, 1, 0)
     own = reader.read(0).located.size.sum()
@@ -103,10 +101,10 @@ def first_batch_bytes(dataset: Dataset) -> float:
 
 
 def epoch_bytes(dataset: Dataset, world_size: int) -> float:
-    """Read in an epoch by all workers together, indexes too, over the shards' bytes."""
+    """Bytes read in an epoch by all workers together, with indexes, divided by the size of the shards."""
     order, total = make_order(dataset, BATCH), 0
     for rank in range(world_size):
-        bound = Loader(dataset, order, make_decoder("auto", 224, 1), rank, world_size).bound_bytes
+        bound = Loader(dataset, order, make_decoder("auto", 224, 1), rank, world_size).readahead_bytes
         reader = Reader(dataset, order, rank, world_size, 0, order.steps_per_epoch, bound)
         for step in range(order.steps_per_epoch):
             reader.read(step)
@@ -115,9 +113,9 @@ def epoch_bytes(dataset: Dataset, world_size: int) -> float:
     return total / int(dataset.shard_bytes.sum())
 
 
-@click.command()
-@click.option("--images", help="A folder of JPEGs; none: drawn scenes.")
-@click.option("--samples", default=9600, help="How many, with repeats.")
+@click.command(help=(__doc__ or "").split("\n")[0])
+@click.option("--images", help="Folder of JPEGs. Without it, synthetic scenes.")
+@click.option("--samples", default=9600, show_default=True, help="Size of the dataset, with repeats.")
 def main(images: str | None, samples: int) -> None:
     console = Console()
     with tempfile.TemporaryDirectory(prefix="maestream-bench-") as temporary:
@@ -127,10 +125,10 @@ def main(images: str | None, samples: int) -> None:
         for nth in track(range(ROUNDS), "rounds"):
             measured = {"plain reads, MB/s": plain_reads(remote)}
             measured["our reads, first epoch, MB/s"], measured["our reads, cold, MB/s"] = cold_reads(remote)
-            cache = (str(folder / "kept"), 1 << 40)
+            cache = (str(folder / "cache"), 1 << 40)
             measured["loader, local files, img/s"] = images_per_second(local, None)
             measured["loader, S3 cached, img/s"] = images_per_second(remote, cache)
-            if nth:  # the first one warms everything up
+            if nth:  # the first round is the warm-up
                 rounds.append(measured)
         result = {
             "date": datetime.date.today().isoformat(),
@@ -153,10 +151,7 @@ def main(images: str | None, samples: int) -> None:
         if isinstance(value, float):
             table.add_row(name, f"{value:.3f}")
     console.print(table)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{result['date']}-storage.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    console.print(f"→ {path}")
+    console.print(save_result(f"{result['date']}-storage", result))
 
 
 def _median_ratio(rounds: list[dict[str, float]], ours: str, theirs: str) -> float:

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Of compose.yaml: builds a dataset of drawn scenes and trains on it, both across the containers of the workers, as jobs of
-# their Ray; then leaves report and pictures in ~/demo.
+# The service `demo` of compose.yaml: builds a synthetic dataset and pre-trains on it, as Ray jobs that run in the worker
+# containers. Then it writes a report and reconstructed images to ~/demo.
 set -euo pipefail
 store=s3://maestream
-job() { # that the cluster runs, and whose log is shown here
+job() { # run a command on the cluster, and print its log here
     printf '\n$ maestream %s\n' "$*"
     ray job submit --address http://head:8265 -- maestream "$@"
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Of compose.yaml: Ray's token and the object store's keys, made once.
+# The service `keys` of compose.yaml: creates Ray's token and the object store's keys, once.
 set -euo pipefail
 cd /run/maestream
 [ ! -e made ] || exit 0

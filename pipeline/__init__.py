@@ -1,1 +1,1 @@
-"""From images to batches on the device. Knows nothing of models, and nothing of Ray."""
+"""The data pipeline: from image files to batches on the device. Imports neither trainer nor cluster (and so no Ray)."""

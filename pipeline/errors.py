@@ -1,14 +1,14 @@
-"""The one exception for what only a person can mend."""
+"""`UserError`: an error that needs the user's action."""
 
 
 class UserError(Exception):
-    """Something only a person can mend: its text says what was wrong, where, and what to do.
+    """An error that only the user can fix. Its text says what was wrong, where, and what to do.
 
-    The command line prints the text alone, without a traceback, and exits with code 2.
+    The command line prints the text on one line, without a traceback, and exits with code 2.
     """
 
 
 def why_undecodable(error: Exception) -> str:
-    """What Pillow's exception says about an image, without addresses."""
+    """Return the reason why Pillow could not decode an image, without memory addresses."""
     text = str(error) or type(error).__name__
     return "not an image" if "cannot identify image file" in text else text

@@ -1,9 +1,11 @@
-"""Counter-based randomness: a hash of integers, vectorised.
+"""Counter-based random numbers: a vectorised hash of integers.
 
-Order, crops and flips are functions of (seed, epoch, sample id), so nothing has to be replayed to know
-them. The mixing function is the finaliser of SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable
-pseudorandom number generators", figure 16, with Stafford's constants, variant 13).
-`trainer.hashing` has the same function on the device.
+The sample order, crops and flips are functions of (seed, epoch, sample id). A resumed run computes them from these
+numbers; no random state has to be saved or replayed.
+
+The mixing function is the finaliser of SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
+generators", figure 16) with Stafford's constants (variant 13). `trainer.models.device_hashing` computes the same
+function on the device.
 """
 
 import numpy as np
@@ -23,17 +25,17 @@ def _mix(x: U64) -> U64:
 
 
 def hash64(*parts: npt.ArrayLike) -> U64:
-    """A 64-bit hash of non-negative integers; arrays broadcast against each other.
+    """Hash non-negative integers to 64 bits. Arrays broadcast against each other.
 
-    Returns uint64 of the broadcast shape. The order of the parts matters.
+    Returns uint64 of the broadcast shape. The order of the arguments matters.
     """
     state = np.zeros((), np.uint64)
-    with np.errstate(over="ignore"):  # wrapping is the point
+    with np.errstate(over="ignore"):  # unsigned overflow is intended
         for part in parts:
             state = _mix((state ^ np.asarray(part, np.uint64)) + np.uint64(GOLDEN))
     return state
 
 
 def uniform(*parts: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """Floats in [0, 1) with 53 random bits each, from `hash64` of the parts."""
+    """Return float64 in [0, 1) with 53 random bits each, from `hash64` of the same arguments."""
     return (hash64(*parts) >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -12,7 +12,11 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT, printed
+
+from tests.support.command_line import printed
+from tests.support.paths import ROOT
+
+pytestmark = pytest.mark.integration
 
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 WORKFLOW = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
@@ -41,7 +45,11 @@ def test_the_wheel_has_all_that_is_needed_and_comes_from_the_sources_alone(tmp_p
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
         there = {name for name in archive.namelist() if not name.endswith((".so", "/"))}
-    wanted = {n for n in tracked("pipeline", "trainer", "cluster", "recipes") if not n.endswith(NOT_SHIPPED)}
+    wanted = {
+        n
+        for n in tracked("maestream.py", "pipeline", "trainer", "cluster", "recipes")
+        if not n.endswith(NOT_SHIPPED)
+    }
     assert {name for name in there if ".dist-info/" not in name} == wanted
 
     def python(code: str) -> str:
@@ -55,9 +63,13 @@ def test_the_wheel_has_all_that_is_needed_and_comes_from_the_sources_alone(tmp_p
 
     ours = "from importlib.metadata import version; print(version('maestream'))"
     assert python(ours).strip() == VERSION
-    load = "from trainer.recipe import *; print(load_config(PretrainConfig, 'recipes/pretrain_vit_base.yaml').epochs)"
+    load = "from trainer.config.recipe import *; print(load_config(PretrainConfig, 'recipes/pretrain_vit_base.yaml').epochs)"
     assert python(load).strip() == "800.0"
-    assert python("import cluster.cli; print(cluster.cli.__file__)").strip() == str(site / "cluster/cli.py")
+    assert python("import cluster.cli.main; print(cluster.cli.main.__file__)").strip() == str(
+        site / "cluster/cli/main.py"
+    )
+    scripts = (site / f"maestream-{VERSION}.dist-info/entry_points.txt").read_text()
+    assert scripts.split() == ["[console_scripts]", "maestream", "=", "maestream:main"]
 
 
 def test_the_version_is_said_once() -> None:

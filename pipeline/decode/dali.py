@@ -1,10 +1,11 @@
-"""Decode with NVIDIA DALI: of a JPEG the crop's region alone. On a GPU all is done there, and only the encoded
-bytes are copied to it.
+"""Decode with NVIDIA DALI. Of a JPEG only the region of the crop is decoded. On a GPU all work happens there, and only
+the encoded bytes are copied to it.
 
-One image that DALI cannot decode makes it give up its whole pipeline for good (NVIDIA/DALI#3913), so the
-pipeline is rebuilt then, and the batch is done again without the image that was to blame.
+One image that DALI cannot decode breaks its whole pipeline for good (NVIDIA/DALI#3913). The pipeline is then rebuilt,
+and the batch is decoded again without that image.
 
-As many pipelines are kept as batches decode at once: while the GPU works on one, the host parses the next.
+There is one pipeline for each batch that is decoded at the same time: while the GPU works on one batch, the host
+parses the next.
 """
 
 import time
@@ -17,12 +18,12 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.plugin.pytorch import feed_ndarray
 
-from pipeline.decode import Decoded, Encoded, Size, refused
-from pipeline.spent import Spent
+from pipeline.decode.decoder import Decoded, Encoded, Size, unsupported_format
+from pipeline.stage_times import StageTimes
 
-# The share of a batch that a GPU's JPEG engines decode; host threads and its other cores do the rest meanwhile. What
-# is best depends on the GPU and on how many threads there are. This is DALI's default; `python -m benchmarks.gpu`
-# measures others.
+# The share of a batch that a GPU's JPEG engines decode; host threads and its other cores decode the rest at the same
+# time. The best value depends on the GPU and on the number of threads. This is DALI's default; `python -m
+# benchmarks.gpu` measures others.
 HW_DECODER_LOAD = 0.65
 
 
@@ -35,54 +36,64 @@ def _graph(size: Size, decoding: str) -> object:
         axes=(0, 1),
         device=decoding,
         output_type=types.RGB,
-        adjust_orientation=False,  # as ImageFolder does; a box belongs to the stored pixels
+        adjust_orientation=False,  # as in ImageFolder; boxes are in stored pixels
         jpeg_fancy_upsampling=True,  # as libjpeg does by default
         hw_decoder_load=HW_DECODER_LOAD,
-        affine=False,  # else the threads of all pipelines and workers would be tied to the same first cores
+        affine=False,  # otherwise the threads of all pipelines and workers are pinned to the same first cores
     )
-    # These run where the images are.
+    # These run on the device where the decoded images are.
     images = fn.resize(images, size=size, interp_type=types.INTERP_CUBIC, antialias=True)
     images = fn.flip(images, horizontal=fn.external_source(name="flip", dtype=types.INT32, ndim=0))
     return fn.transpose(images, perm=[2, 0, 1])
 
 
 class DaliDecoder:
-    """See `pipeline.decode.Decoder`. On the CPU, or on a CUDA device, where its images then are."""
+    """A `Decoder` on the CPU or on a CUDA device, which then holds the decoded images.
+
+    Args:
+        size: (height, width) of the crops, pixels.
+        threads: number of threads on the host for each pipeline.
+        device: decodes, and holds the images.
+    """
 
     def __init__(self, size: Size, threads: int, device: torch.device) -> None:
         self.size = size
         self.threads = threads
-        self.device = torch.empty(0, device=device).device  # a CUDA device with its number
+        self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.idle: list[Pipeline] = []
-        self.capacity = 0  # of a new pipeline: the largest batch so far
+        self.capacity = 0  # images for which a new pipeline is built: the largest batch so far
 
     def __call__(
         self, encoded: Sequence[Encoded], boxes: npt.NDArray[np.int64], flips: npt.NDArray[np.bool_]
     ) -> Decoded:
-        bad = {i: reason for i, data in enumerate(encoded) if (reason := refused(data))}
+        bad = {i: reason for i, data in enumerate(encoded) if (reason := unsupported_format(data))}
         good = np.setdiff1d(np.arange(len(encoded)), list(bad))
-        # On a GPU images are handed over in memory of torch's, which is written on a stream of our own, because the
-        # trainer's has other work before it. They are complete then: it is this thread that waits for that, not the
-        # trainer's stream. (Without a GPU the stream is None, and this does nothing.)
+        # On a GPU, images are written to torch's memory on a stream of their own, because other work is queued on the
+        # trainer's stream. They are complete when they are returned: this thread waits for that, not the trainer's
+        # stream. (Without a GPU the stream is None, and this does nothing.)
         with torch.cuda.stream(self.stream):
-            images, spent = self._run(encoded, boxes, flips, good)
+            images, stage_times = self._run(encoded, boxes, flips, good)
             if isinstance(images, str):
-                # Seldom: find the bad ones one by one, then do the good ones.
+                # Rare: find the bad images one by one, then decode the good ones.
                 for i in good.tolist():
                     alone, _ = self._run(encoded, boxes, flips, np.array([i]))
                     if isinstance(alone, str):
                         bad[i] = alone
                 good = np.setdiff1d(good, list(bad))
-                images, spent = self._run(encoded, boxes, flips, good)
+                images, stage_times = self._run(encoded, boxes, flips, good)
             if isinstance(images, str):
-                raise RuntimeError(f"each of these images decodes by itself, but not together: {images}")
+                raise RuntimeError(
+                    f"DALI decodes each of these images by itself, but not as a batch: {images}"
+                )
             if bad:
-                whole = torch.zeros((len(encoded), *images.shape[1:]), dtype=torch.uint8, device=self.device)
-                whole[torch.from_numpy(good)] = images
-                images = whole
+                with_bad = torch.zeros(
+                    (len(encoded), *images.shape[1:]), dtype=torch.uint8, device=self.device
+                )
+                with_bad[torch.from_numpy(good)] = images
+                images = with_bad
                 self._wait()
-        return Decoded(images, bad, spent)
+        return Decoded(images, bad, stage_times)
 
     def _run(
         self,
@@ -90,12 +101,15 @@ class DaliDecoder:
         boxes: npt.NDArray[np.int64],
         flips: npt.NDArray[np.bool_],
         chosen: npt.NDArray[np.int64],
-    ) -> tuple[torch.Tensor | str, Spent]:
-        """uint8[len(chosen), 3, h, w]; or, if one of them is bad, what DALI says about it. And what it took."""
+    ) -> tuple[torch.Tensor | str, StageTimes]:
+        """Decode the images at the positions `chosen` (int64[n]).
+
+        Returns uint8[n, 3, h, w], or DALI's error message if one of them is bad; and the time spent.
+        """
         images = torch.empty((len(chosen), 3, *self.size), dtype=torch.uint8, device=self.device)
         if not len(chosen):
-            return images, Spent()
-        graph = self._take(len(chosen))
+            return images, StageTimes()
+        graph = self._idle_pipeline(len(chosen))
         try:
             begin = time.perf_counter()
             graph.feed_input("encoded", [np.frombuffer(encoded[i], np.uint8) for i in chosen])
@@ -103,24 +117,26 @@ class DaliDecoder:
             graph.feed_input("shape", boxes[chosen, 2:].astype(np.int32))
             graph.feed_input("flip", flips[chosen].astype(np.int32))
             fed = time.perf_counter()
-            (made,) = graph.run()  # waits for the GPU, without Python's lock
+            (made,) = graph.run()  # waits for the GPU, without the GIL
         except RuntimeError as error:
-            return "DALI: " + str(error).rpartition("encountered:")[2].strip().partition("\n")[0], Spent()
+            return "DALI: " + str(error).rpartition("encountered:")[2].strip().partition("\n")[
+                0
+            ], StageTimes()
         ran = time.perf_counter()
-        # A copy: DALI writes its memory anew as soon as `made` is gone, whoever may still have to read it on a GPU.
+        # Copy: DALI reuses its memory as soon as `made` is freed, even if a GPU stream has not read it yet.
         feed_ndarray(made.as_tensor(), images, self.stream)
         self._wait()
         self.idle.append(graph)
-        # One thread feeds and copies; all of them are held as long as the graph runs.
+        # One thread feeds and copies; all of them are busy while the graph runs.
         decode_s = fed - begin + self.threads * (ran - fed)
-        return images, Spent(decode=decode_s, copy=time.perf_counter() - ran)
+        return images, StageTimes(decode=decode_s, copy=time.perf_counter() - ran)
 
     def _wait(self) -> None:
         if self.stream:
             self.stream.synchronize()
 
-    def _take(self, batch: int) -> Pipeline:
-        """A pipeline that nobody uses, for up to so many images."""
+    def _idle_pipeline(self, batch: int) -> Pipeline:
+        """A pipeline that no thread uses, for at least `batch` images."""
         self.capacity = max(self.capacity, batch)
         try:
             graph = self.idle.pop()
@@ -139,5 +155,5 @@ class DaliDecoder:
         return graph
 
     def close(self) -> None:
-        """End the pipelines. Nothing may be decoding."""
+        """Free the pipelines. No call may be in progress."""
         self.idle.clear()

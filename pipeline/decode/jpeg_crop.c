@@ -1,8 +1,8 @@
-/* Decode one crop of a JPEG and resize it, without the GIL and without the pixels around the crop.
+/* Decode one crop of a JPEG and resize it, without the GIL and without decoding the pixels around the crop.
 
-   Of the rows above the crop only the bits are read, the columns beside it are left out, and it stops after
-   the crop's last row (libjpeg-turbo's jpeg_skip_scanlines and jpeg_crop_scanline). Each row is resized by
-   resize.h as it comes, while it is in the cache. */
+   Rows above the crop are only entropy-decoded, columns beside it are skipped, and decoding stops after the crop's
+   last row (libjpeg-turbo's jpeg_skip_scanlines and jpeg_crop_scanline). resize.h resizes each row across as soon
+   as it is decoded, while it is in the CPU's cache. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -19,15 +19,16 @@
 
 #include "resize.h"
 
-/* TIMED: of so many rows the clock is read at one: to read it at each would take 1 to 2 % of the time.
-   MOST_SIDE: of what is made, so that no product overflows. */
-enum { MARGIN = 8, TIMED = 16, MOST_SIDE = 65535 };
+/* MARGIN: columns decoded on each side of the crop, see decode_into.
+   TIMED_ROWS: the clock is read for one row in so many; reading it for each row takes 1 to 2 % of the time.
+   MAX_SIDE: of the result in pixels, so that no product overflows. */
+enum { MARGIN = 8, TIMED_ROWS = 16, MAX_SIDE = 65535 };
 
-/* OTHER: not a JPEG of one or three components. */
-enum outcome { DONE, OTHER, DAMAGED, NO_MEMORY };
+/* UNSUPPORTED: not a JPEG of one or three components. */
+enum outcome { DONE, UNSUPPORTED, DAMAGED, NO_MEMORY };
 
 /* A damaged header may claim any size, and a progressive JPEG needs memory for all of it. Pillow's limit. */
-static const double MOST_PIXELS = 2.0 * 89478485;
+static const double MAX_PIXELS = 2.0 * 89478485;
 
 /* ---- decode ---------------------------------------------------------------------------------------- */
 
@@ -58,8 +59,8 @@ static void fail(j_common_ptr jpeg) {
     longjmp(job->escape, 1);
 }
 
-/* Of libjpeg's warnings only the end of the data makes a sample bad: so does Pillow, and ImageNet has files
-   with stray bytes that everyone trains on. */
+/* Of libjpeg's warnings, only an early end of the data makes a sample bad. Pillow does the same, and ImageNet has
+   files with stray bytes that everyone trains on. */
 static void on_message(j_common_ptr jpeg, int level) {
     if (level < 0 && jpeg->err->msg_code == JWRN_JPEG_EOF) fail(jpeg);
 }
@@ -74,27 +75,27 @@ static enum outcome decode_into(struct job *job) {
     jpeg_create_decompress(jpeg);
     jpeg_mem_src(jpeg, job->encoded, job->bytes);
     jpeg_read_header(jpeg, TRUE);
-    if (jpeg->num_components != 1 && jpeg->num_components != 3) return OTHER;
+    if (jpeg->num_components != 1 && jpeg->num_components != 3) return UNSUPPORTED;
     if (job->x + job->width > jpeg->image_width || job->y + job->height > jpeg->image_height) {
-        snprintf(job->reason, sizeof job->reason, "it is %u × %u, smaller than its crop", jpeg->image_width,
+        snprintf(job->reason, sizeof job->reason, "the image is %u × %u, smaller than its crop", jpeg->image_width,
                  jpeg->image_height);
         return DAMAGED;
     }
-    if ((double)jpeg->image_width * jpeg->image_height > MOST_PIXELS) {
-        snprintf(job->reason, sizeof job->reason, "it claims to be %u × %u", jpeg->image_width,
+    if ((double)jpeg->image_width * jpeg->image_height > MAX_PIXELS) {
+        snprintf(job->reason, sizeof job->reason, "its header claims %u × %u pixels, too many to decode", jpeg->image_width,
                  jpeg->image_height);
         return DAMAGED;
     }
     jpeg->out_color_space = JCS_EXT_RGBX;
     jpeg_start_decompress(jpeg);
-    /* Some more columns on both sides: the chroma of a pixel is interpolated from its neighbours', and
-       libjpeg gets that wrong for less than three columns of chroma. */
+    /* Decode some columns more on both sides: a pixel's chroma is interpolated from its neighbours, and libjpeg
+       gets that wrong for fewer than three columns of chroma. */
     JDIMENSION left = job->x > MARGIN ? job->x - MARGIN : 0, end = job->x + job->width + MARGIN;
     JDIMENSION span = (end < jpeg->image_width ? end : jpeg->image_width) - left;
     jpeg_crop_scanline(jpeg, &left, &span);
 
     size_t stride = 4 * (size_t)job->columns.outputs;
-    /* The last window may reach past the row, by weights of 0. */
+    /* The last window may reach past the row, with weights of 0. */
     job->row = calloc(span + 4 * job->columns.fours, 4);
     job->rows = malloc((job->height + 2 * job->lines.pairs) * stride);
     if (!job->row || !job->rows) return NO_MEMORY;
@@ -102,11 +103,11 @@ static enum outcome decode_into(struct job *job) {
     double timed_s = 0;
     for (unsigned i = 0; i < job->height; i++) {
         jpeg_read_scanlines(jpeg, &job->row, 1);
-        double begin = i % TIMED ? 0 : now();
+        double begin = i % TIMED_ROWS ? 0 : now();
         across(&job->columns, job->row + 4 * (job->x - left), job->rows + i * stride);
-        if (i % TIMED == 0) timed_s += now() - begin;
+        if (i % TIMED_ROWS == 0) timed_s += now() - begin;
     }
-    job->resize_s += timed_s * job->height / ((job->height + TIMED - 1) / TIMED);
+    job->resize_s += timed_s * job->height / ((job->height + TIMED_ROWS - 1) / TIMED_ROWS);
     double begin = now();
     size_t plane = (size_t)job->out_height * job->out_width;
     for (int i = 0; i < job->out_height; i++)
@@ -136,10 +137,10 @@ static enum outcome decode(struct job *job) {
 
 PyDoc_STRVAR(crop_doc,
              "crop(encoded, y, x, height, width, flip, out) -> tuple[float, float] | None\n\n"
-             "Decode that box of a JPEG into `out`, uint8[3, h, w], RGB, contiguous.\n"
-             "Seconds that went into decoding it, and into resizing it.\n"
-             "None, and `out` untouched, if it is no JPEG of one or three components.\n"
-             "ValueError if it is damaged, or smaller than its box.");
+             "Decode the box of a JPEG, resize and flip it, and write it to `out`: uint8[3, h, w], RGB, contiguous.\n\n"
+             "Returns the seconds spent on decoding and on resizing. Returns None, and leaves `out` unchanged, if the\n"
+             "file is not a JPEG of one or three components. Raises ValueError if it is damaged, or smaller than its\n"
+             "box.");
 
 static PyObject *crop(PyObject *module, PyObject *args) {
     PyObject *into;
@@ -154,7 +155,7 @@ static PyObject *crop(PyObject *module, PyObject *args) {
     }
     PyObject *result = NULL;
     if (y < 0 || x < 0 || height < 1 || width < 1 || out.ndim != 3 || out.itemsize != 1 || out.shape[0] != 3 ||
-        !out.len || out.shape[1] > MOST_SIDE || out.shape[2] > MOST_SIDE) {
+        !out.len || out.shape[1] > MAX_SIDE || out.shape[2] > MAX_SIDE) {
         PyErr_SetString(PyExc_ValueError, "the box is empty or negative, or `out` is not uint8[3, h, w]");
     } else {
         job.out_height = (int)out.shape[1], job.out_width = (int)out.shape[2];
@@ -162,7 +163,7 @@ static PyObject *crop(PyObject *module, PyObject *args) {
         job.bytes = encoded.len;
         job.y = y, job.x = x, job.height = height, job.width = width;
         job.out = out.buf;
-        enum outcome outcome = OTHER;
+        enum outcome outcome = UNSUPPORTED;
         if (job.bytes > 2 && memcmp(job.encoded, "\xff\xd8\xff", 3) == 0) {
             Py_BEGIN_ALLOW_THREADS;
             outcome = decode(&job);
@@ -172,7 +173,7 @@ static PyObject *crop(PyObject *module, PyObject *args) {
             PyErr_NoMemory();
         else if (outcome == DAMAGED)
             PyErr_SetString(PyExc_ValueError, job.reason);
-        else if (outcome == OTHER)
+        else if (outcome == UNSUPPORTED)
             result = Py_NewRef(Py_None);
         else
             result = Py_BuildValue("dd", job.all_s - job.resize_s, job.resize_s);

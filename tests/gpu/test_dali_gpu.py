@@ -1,7 +1,7 @@
-"""What DALI makes on a GPU is what the CPU makes, and it gets to the trainer whole.
+"""DALI on a GPU gives the same images as the CPU decoder, and they reach the trainer undamaged.
 
-pytest tests/gpu                        # builds a dataset of scenes
-MAESTREAM_DATA=DATASET pytest tests/gpu # takes that one, so that neither webdataset nor Ray need be installed
+pytest tests/gpu                        # builds a dataset of synthetic scenes
+MAESTREAM_DATA=DATASET pytest tests/gpu # uses an existing dataset, so webdataset and Ray need not be installed
 """
 
 import io
@@ -13,20 +13,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, build_dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from odd_images import picture, saved, zoo
 from PIL import Image
 
-from pipeline.augment import random_flips, random_resized_crops
-from pipeline.decode import Decoder
-from pipeline.decode.check import slices_differ_on
+from pipeline.build.synthetic import draw_scene
+from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.decode.cpu import CpuDecoder
-from pipeline.loader import Loader
-from pipeline.manifest import Dataset, open_dataset
-from pipeline.order import Order
-from pipeline.scenes import draw_scene
+from pipeline.decode.decoder import Decoder
+from pipeline.decode.gpu_check import gpu_crop_mismatch
+from pipeline.loading.crops import random_flips, random_resized_crops
+from pipeline.loading.loader import Loader
+from pipeline.loading.order import Order
+from tests.support.data.odd_images import picture, saved, zoo
+from tests.support.datasets import build_dataset
+from tests.support.paths import ROOT
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -34,8 +35,8 @@ pytestmark = [
 ]
 GPU = torch.device("cuda")
 SIZE = 96
-MOST = 2.0  # grey levels that a crop may differ from the CPU's on average
-ODD_JPEGS = sorted((ROOT / "tests/pipeline/odd_jpegs").iterdir())
+MAX_DIFFERENCE = 2.0  # mean difference of a crop from the CPU's, in grey levels
+ODD_JPEGS = sorted((ROOT / "tests/pipeline/decode/odd_jpegs").iterdir())
 Boxes = list[tuple[int, int, int, int]]  # (y, x, height, width)
 MakeDecoder = Callable[[], Decoder]
 
@@ -43,10 +44,10 @@ MakeDecoder = Callable[[], Decoder]
 @pytest.fixture(scope="module")
 def problem() -> str | None:
     pytest.importorskip("nvidia.dali")
-    return slices_differ_on(GPU)  # in a process of its own: a crash here would end the tests
+    return gpu_crop_mismatch(GPU)  # in a process of its own, because a crash would end the tests
 
 
-def test_its_slices_are_the_cpus(problem: str | None) -> None:
+def test_gpu_crops_match_the_cpus(problem: str | None) -> None:
     assert problem is None
 
 
@@ -79,13 +80,13 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return build_dataset("synthetic:?count=300&classes=7", str(tmp_path_factory.mktemp("data") / "scenes"))
 
 
-def assert_same(images: torch.Tensor, expected: torch.Tensor, most: float = MOST) -> None:
-    apart = (images.cpu().float() - expected.cpu().float()).abs().mean(dim=(1, 2, 3))
-    assert apart.max() <= most, apart.tolist()
+def assert_same(images: torch.Tensor, expected: torch.Tensor, max_difference: float = MAX_DIFFERENCE) -> None:
+    difference = (images.cpu().float() - expected.cpu().float()).abs().mean(dim=(1, 2, 3))
+    assert difference.max() <= max_difference, difference.tolist()
 
 
 def scenes(count: int) -> tuple[list[bytes], np.ndarray, np.ndarray]:
-    """Images, their crops and flips."""
+    """Synthetic images, with random crops and flips."""
     ids, images = np.arange(count), [draw_scene(0, i, i % 10) for i in range(count)]
     widths, heights = np.array([Image.open(io.BytesIO(image)).size for image in images]).T
     return images, random_resized_crops(0, 0, ids, heights, widths), random_flips(0, 0, ids)
@@ -95,7 +96,7 @@ def scenes(count: int) -> tuple[list[bytes], np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("kind", zoo())
-def test_any_kind_of_image_is_the_cpus(dali: Decoder, cpu: Decoder, kind: str) -> None:
+def test_every_kind_of_image_matches_the_cpu(dali: Decoder, cpu: Decoder, kind: str) -> None:
     boxes: Boxes = [
         (20, 33, 150, 190),
         (0, 0, 203, 301),
@@ -107,9 +108,9 @@ def test_any_kind_of_image_is_the_cpus(dali: Decoder, cpu: Decoder, kind: str) -
     decoded = dali(images, np.array(boxes), flips)
     assert decoded.bad == {}
     assert decoded.images.device.type == "cuda"
-    # Dithered black and white is all noise: DALI's resize differs from Pillow's by 4 there, on a CPU too.
-    most = 5 if kind == "PNG 1-bit" else MOST
-    assert_same(decoded.images, cpu(images, np.array(boxes), flips).images, most)
+    # A dithered 1-bit image is all noise: DALI's resize differs from Pillow's by 4 there, also on a CPU.
+    max_difference = 5 if kind == "PNG 1-bit" else MAX_DIFFERENCE
+    assert_same(decoded.images, cpu(images, np.array(boxes), flips).images, max_difference)
 
 
 def test_all_kinds_in_one_batch(dali: Decoder, cpu: Decoder) -> None:
@@ -121,7 +122,7 @@ def test_all_kinds_in_one_batch(dali: Decoder, cpu: Decoder) -> None:
 
 
 @pytest.mark.parametrize("path", ODD_JPEGS, ids=lambda path: path.stem)
-def test_odd_jpegs_are_the_cpus_or_bad_as_there(dali: Decoder, cpu: Decoder, path: Path) -> None:
+def test_odd_jpegs_match_the_cpu_or_are_bad_on_both(dali: Decoder, cpu: Decoder, path: Path) -> None:
     if path.stem == "lossless":
         pytest.skip("see the docstring of pipeline.decode")
     images, boxes, flips = [path.read_bytes()], np.array([(5, 7, 30, 40)]), np.array([False])
@@ -146,7 +147,7 @@ def test_odd_jpegs_are_the_cpus_or_bad_as_there(dali: Decoder, cpu: Decoder, pat
     ),
     data=st.data(),
 )
-def test_any_crop_of_any_jpeg_is_the_cpus(
+def test_any_crop_of_any_jpeg_matches_the_cpu(
     dali: Decoder, cpu: Decoder, width: int, height: int, mode: str, options: dict, data: st.DataObject
 ) -> None:
     image = saved(picture(width, height).convert(mode), "JPEG", **{"quality": 90, **options})
@@ -163,32 +164,32 @@ def test_any_crop_of_any_jpeg_is_the_cpus(
 # ---- bad images -----------------------------------------------------------------------------------------------
 
 
-def test_bad_images_are_named_and_do_not_spoil_the_others(dali: Decoder, cpu: Decoder) -> None:
+def test_bad_images_are_reported_and_do_not_affect_the_others(dali: Decoder, cpu: Decoder) -> None:
     images, boxes, flips = scenes(16)
-    sound = cpu(images, boxes, flips).images
+    expected = cpu(images, boxes, flips).images
     damaged = list(images)
     damaged[1] = images[1][:200]
     damaged[4] = b"this is no image"
     damaged[9] = b"\xff\xd8\xff\xe0" + b"nor is this" * 99
-    for _ in range(2):  # and the executor goes on
+    for _ in range(2):  # and the decoder still works afterwards
         decoded = dali(damaged, boxes, flips)
         assert sorted(decoded.bad) == [1, 4, 9]
         assert all(decoded.bad.values())
         assert not decoded.images[[1, 4, 9]].any()
         good = [i for i in range(16) if i not in decoded.bad]
-        assert_same(decoded.images[good], sound[good])
-        assert_same(dali(images, boxes, flips).images, sound)
+        assert_same(decoded.images[good], expected[good])
+        assert_same(dali(images, boxes, flips).images, expected)
 
 
-def test_an_image_that_is_cut_off_is_bad(dali: Decoder) -> None:
+def test_a_truncated_image_is_bad(dali: Decoder) -> None:
     images, boxes, flips = scenes(4)
     boxes[2, 2] += boxes[2, 0]
-    boxes[2, 0] = 0  # from the first row on
+    boxes[2, 0] = 0  # so that the crop starts at the first row
     images[2] = images[2][:1500]
     assert list(dali(images, boxes, flips).bad) == [2]
 
 
-def test_a_batch_of_bad_images_alone(dali: Decoder) -> None:
+def test_a_batch_with_only_bad_images(dali: Decoder) -> None:
     decoded = dali([b"no image"] * 3, np.array([(0, 0, 9, 9)] * 3), np.zeros(3, bool))
     assert sorted(decoded.bad) == [0, 1, 2]
     assert decoded.images.shape == (3, 3, SIZE, SIZE)
@@ -203,7 +204,7 @@ def make_loader(dataset: Dataset, decoder: Decoder) -> Loader:
     return Loader(dataset, order, decoder, 0, 1)
 
 
-def test_batches_are_the_cpus(dataset: Dataset, dali: Decoder, cpu: Decoder) -> None:
+def test_batches_match_the_cpus(dataset: Dataset, dali: Decoder, cpu: Decoder) -> None:
     steps = (make_loader(dataset, decoder).steps(0, 20) for decoder in (dali, cpu))
     for ours, expected in zip(*steps, strict=True):
         assert (ours.sample_ids == expected.sample_ids).all()
@@ -213,18 +214,18 @@ def test_batches_are_the_cpus(dataset: Dataset, dali: Decoder, cpu: Decoder) -> 
 
 
 def test_batches_made_ahead_are_not_overwritten(dataset: Dataset, dali: Decoder) -> None:
-    """The trainer's stream comes to a batch long after its thread has let go of it."""
+    """The trainer's stream may read a batch long after its thread has released it."""
     loader = make_loader(dataset, dali)
     expected = [loader.batch(step).images.cpu() for step in range(24)]
     behind = torch.cuda.Event()
     seen = []
     for batch in loader.steps(0, 24):
         if batch.step % 8 == 0:
-            torch.cuda._sleep(2_000_000_000)  # a second or so
+            torch.cuda._sleep(2_000_000_000)  # about a second
             behind.record()
         seen.append(batch.images.clone())
         if batch.step % 8 == 5:
-            assert not behind.query(), "the stream was not behind: this would show nothing"
+            assert not behind.query(), "the stream was not behind, so this test shows nothing"
     for images, right in zip(seen, expected, strict=True):
         assert_same(images, right)
 
@@ -234,7 +235,7 @@ def test_device_memory_does_not_grow(make_dali: MakeDecoder) -> None:
     used = []
     with closing(make_dali()) as decoder:
         for step in range(200):
-            # Other images together, so that other buffers grow.
+            # Different images in a batch, so that different buffers grow.
             turn = np.random.default_rng(step).permutation(64)
             decoder([images[i] for i in turn], boxes[turn], flips[turn])
             free, total = torch.cuda.mem_get_info(GPU)

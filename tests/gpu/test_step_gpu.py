@@ -1,7 +1,8 @@
-"""The step on a GPU computes what the CPU does, compiled or not; it waits for nothing, and takes no more memory with time.
+"""The training step on a GPU computes the same as on a CPU, compiled or not; it never waits for the device, and its memory does
+not grow.
 
-pytest tests/gpu                        # builds a dataset of scenes
-MAESTREAM_DATA=DATASET pytest tests/gpu # takes that one, so that neither webdataset nor Ray need be installed
+pytest tests/gpu                        # builds a dataset of synthetic scenes
+MAESTREAM_DATA=DATASET pytest tests/gpu # uses an existing dataset, so webdataset and Ray need not be installed
 """
 
 import os
@@ -12,16 +13,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build_dataset
 
-from pipeline.decode import make_decoder
-from pipeline.loader import Loader
-from pipeline.manifest import Dataset, open_dataset
-from pipeline.order import Order
-from trainer.bench import Bench, make_bench, resident_batch
-from trainer.config import ModelConfig, PretrainConfig
-from trainer.masks import noise_of
-from trainer.recipe import parse_config
+from pipeline.dataset.dataset import Dataset, open_dataset
+from pipeline.decode.factory import make_decoder
+from pipeline.loading.loader import Loader
+from pipeline.loading.order import Order
+from tests.support.datasets import build_dataset
+from trainer.config.model_schema import ModelConfig
+from trainer.config.recipe import parse_config
+from trainer.config.schema import PretrainConfig
+from trainer.models.masking import masking_noise
+from trainer.train.benchmark import Bench, make_bench, resident_batch
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -40,10 +42,10 @@ def bench_of(device: torch.device = GPU, **changes: Any) -> Bench:
 
 
 def gradients(bench: Bench) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Of the same images, masks and weights."""
+    """Loss and gradients for fixed images, masks and weights."""
     torch.manual_seed(0)
-    images = torch.randint(256, (32, 3, 96, 96), dtype=torch.uint8).to(bench.run.device)
-    noise = noise_of(bench.config.model, 0, 0, torch.arange(32, device=bench.run.device))
+    images = torch.randint(256, (32, 3, 96, 96), dtype=torch.uint8).to(bench.worker.device)
+    noise = masking_noise(bench.config.model, 0, 0, torch.arange(32, device=bench.worker.device))
     loss = bench.trained(images, noise).mean()
     loss.backward()
     named = bench.model.named_parameters()
@@ -51,7 +53,7 @@ def gradients(bench: Bench) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("compile_", ["always", "never"])
-def test_the_gpus_gradients_are_the_cpus(compile_: str) -> None:
+def test_gpu_gradients_match_the_cpus(compile_: str) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     loss, expected = gradients(bench_of(CPU, precision="float32", compile="never"))
     ours, found = gradients(bench_of(precision="float32", compile=compile_))
@@ -60,7 +62,7 @@ def test_the_gpus_gradients_are_the_cpus(compile_: str) -> None:
         assert (found[name] - gradient).abs().max() <= 1e-3 * gradient.abs().max() + 1e-7, name
 
 
-def test_losses_in_bf16_are_those_in_float32() -> None:
+def test_losses_in_bf16_match_those_in_float32() -> None:
     found = {}
     for precision in ("float32", "bf16"):
         bench = bench_of(precision=precision)
@@ -74,40 +76,40 @@ def test_losses_in_bf16_are_those_in_float32() -> None:
 
 
 @pytest.mark.parametrize("sampling", ["random", "block", "grid"])
-def test_masks_are_the_cpus(sampling: Any) -> None:
+def test_masks_match_the_cpus(sampling: Any) -> None:
     model = ModelConfig(sampling=sampling)
     ids = torch.tensor([0, 5, 2**40, 1281166])
     for seed, epoch in ((0, 0), (3, 799), (2**31 - 1, 2**31)):
-        noise = [noise_of(model, seed, epoch, ids.to(device)).cpu() for device in (CPU, GPU)]
+        noise = [masking_noise(model, seed, epoch, ids.to(device)).cpu() for device in (CPU, GPU)]
         assert torch.equal(*noise)
 
 
-def test_a_step_waits_for_nothing() -> None:
+def test_a_step_never_waits_for_the_device() -> None:
     bench = bench_of(micro_batch=16)
     batch = resident_batch(bench.config, GPU)
     for _ in range(3):
         bench.step(batch)
-    bench.run.laps.start(GPU)
+    bench.worker.timer.start(GPU)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
             bench.step(batch)
-            bench.run.laps.lap("other")
+            bench.worker.timer.mark("other")
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_laps_are_the_gpus_time() -> None:
+def test_step_timer_measures_gpu_time() -> None:
     bench = bench_of()
     batch = resident_batch(bench.config, GPU)
     for _ in range(3):
         bench.step(batch)
     torch.cuda.synchronize()
-    bench.run.laps.start(GPU)
+    bench.worker.timer.start(GPU)
     begin = time.perf_counter()
     for _ in range(20):
         bench.step(batch)
-    seconds = bench.run.laps.take()
+    seconds = bench.worker.timer.take()
     assert sum(seconds.values()) == pytest.approx(time.perf_counter() - begin, rel=0.2, abs=0.01)
     assert seconds["step"] > 0.5 * sum(seconds.values())
 
@@ -122,7 +124,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dataset]:
 
 
 @pytest.mark.parametrize("decoder", ["auto", "cpu"])
-def test_loader_and_step_take_no_more_memory_with_time(dataset: Dataset, decoder: Any) -> None:
+def test_memory_of_loader_and_step_does_not_grow(dataset: Dataset, decoder: Any) -> None:
     bench = bench_of()
     order = Order(dataset.shard_samples, 0, 32, 8, 8)
     loader = Loader(dataset, order, make_decoder(decoder, 96, 8, GPU), 0, 1)

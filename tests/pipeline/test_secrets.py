@@ -1,4 +1,4 @@
-"""What is a secret is the same for jobs, manifests and pages: what is refused there is not shown here."""
+"""Secrets are found in commands and manifests, and hidden in reports and model cards."""
 
 import pytest
 
@@ -19,7 +19,7 @@ from pipeline.secrets import has_secret, names_secret, without_secrets
         ('{"AWS_ACCESS_KEY_ID": "pass-word"}', '{"AWS_ACCESS_KEY_ID": …'),
     ],
 )
-def test_what_is_refused_and_how_it_is_shown(text: str, shown: str) -> None:
+def test_secrets_are_found_and_hidden(text: str, shown: str) -> None:
     assert has_secret(text)
     assert without_secrets(text) == shown
     assert "pass-word" not in shown
@@ -35,12 +35,12 @@ def test_what_is_refused_and_how_it_is_shown(text: str, shown: str) -> None:
         "secretRef: {name: maestream}, mode: token",
     ],
 )
-def test_what_only_looks_like_one(text: str) -> None:
+def test_text_that_only_looks_like_a_secret(text: str) -> None:
     assert not has_secret(text)
     assert without_secrets(text) == text
 
 
-def test_variables_whose_values_are_secrets_whatever_they_look_like() -> None:
+def test_variable_names_that_mean_a_secret() -> None:
     for name in ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "DB_PASSWORD", "OPENAI_API_KEY", "apikey"):
         assert names_secret(name)
     for name in ("AWS_DEFAULT_REGION", "TOKENIZERS_PARALLELISM", "OMP_NUM_THREADS"):

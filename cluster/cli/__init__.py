@@ -1,0 +1,1 @@
+"""The command line: a module, or a sub-package, for each command or group of commands."""

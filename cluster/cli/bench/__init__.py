@@ -1,0 +1,1 @@
+"""`maestream bench`: measure the loader, the training step, and both together."""

@@ -1,0 +1,285 @@
+"""`maestream evaluate`, `knn` and `features`: evaluate an encoder or export its features, in parallel Ray tasks."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from typing import Any
+
+import click
+import numpy as np
+
+from cluster.cli.options import image_size_option, step_option
+from cluster.terminal.console import console, progress_counter
+from pipeline.dataset.dataset import Dataset, open_dataset
+from pipeline.dataset.manifest import NO_LABEL
+from pipeline.errors import UserError
+from pipeline.storage.store import Store, open_store
+from pipeline.text import plural
+from trainer.evaluate.inference_shard import FEATURES, InferenceShard
+
+TASK_SAMPLES = 4096  # at most, per Ray task
+TASK_FEATURE_BYTES = 2**28  # at most, per Ray task
+
+crop_option = click.option(
+    "--crop",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    metavar="FRACTION",
+    help="Side of the centre crop, relative to the shorter side of the image.  [default: as in training, or 224/256]",
+)
+batch_option = click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    metavar="N",
+    default=128,
+    show_default=True,
+    help="Images per batch.",
+)
+tasks_option = click.option(
+    "--tasks",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Number of parallel tasks.  [default: one per GPU, or one per CPU core without a GPU]",
+)
+pool_option = click.option(
+    "--pool",
+    type=click.Choice(["class", "mean", "patches"]),
+    default="class",
+    show_default=True,
+    help="Feature of an image: the class token, the mean over its patches, or all patches.",
+)
+
+
+def _make_template(run: str, step: int | None, crop: float | None, **options: Any) -> InferenceShard:
+    """Return the job that all tasks of a command share, without a dataset and its range of samples."""
+    from trainer.config.model_schema import ClassifierConfig
+    from trainer.weights.pretrained import read_model_info
+    from trainer.weights.resize import resize_config
+
+    info = read_model_info(run, step)
+    assert info.store is not None
+    if isinstance(info.model, ClassifierConfig) and options.get("pool", "class") != "class":
+        raise UserError(
+            f"--pool {options['pool']}: a fine-tuned model has no other features than those that its head uses; omit --pool"
+        )
+    if size := options.get("size"):  # raises UserError, before anything is written
+        resize_config(info.model, size, "--image-size")
+    return InferenceShard(
+        info.store.url, info.step, data="", first=0, last=0, crop=crop or info.crop, **options
+    )
+
+
+def _label(job: InferenceShard) -> str:
+    return f"step {job.step}" if job.step else job.run
+
+
+def _check_classes(job: InferenceShard, dataset: Dataset) -> None:
+    """Raise UserError unless the dataset has the classes that the model was trained on, in the same order."""
+    from trainer.config.model_schema import ClassifierConfig
+    from trainer.run.run import check_trained_classes
+    from trainer.weights.pretrained import read_model_info
+
+    info = read_model_info(job.run, job.step)
+    if info.run:
+        check_trained_classes(open_store(job.run), dataset)
+    elif not isinstance(info.model, ClassifierConfig):
+        raise UserError(
+            f"{job.run} is an encoder without class names: fine-tune or probe it first, or use `maestream knn`"
+        )
+    elif info.classes not in (dataset.manifest.classes, len(dataset.manifest.classes)):
+        raise UserError(f"{dataset.store.url} and {job.run} do not have the same classes in the same order")
+
+
+def _split(dataset: Dataset, template: InferenceShard, samples: int) -> Iterator[InferenceShard]:
+    """Yield jobs of so many samples each that cover the dataset."""
+    for first in range(0, dataset.samples, samples):
+        last = min(first + samples, dataset.samples)
+        yield replace(template, data=dataset.store.url, first=first, last=last)
+
+
+@click.command()
+@click.argument("run")
+@click.option(
+    "--data", required=True, metavar="DATASET", help="Dataset to evaluate on, with the classes of training."
+)
+@step_option
+@crop_option
+@batch_option
+@tasks_option
+def evaluate(run: str, data: str, step: int | None, tasks: int | None, **options: Any) -> None:
+    """Measure the top-1 and top-5 accuracy of a classifier.
+
+    RUN is a run of finetune or linprobe, or an imported classifier. Each image of the dataset counts exactly once; images that
+    cannot be read count as wrong. The result is also written to RUN/evaluations/.
+    """
+    from cluster.runtime.task_pool import task_pool
+    from trainer.evaluate.accuracy import SUM_COLUMNS, metrics_from_sums
+    from trainer.evaluate.features import evaluate_shard
+
+    job, dataset = _make_template(run, step, **options), open_dataset(data)
+    store = open_store(run)
+    _check_classes(job, dataset)
+    sums = np.zeros(len(SUM_COLUMNS))
+    with (
+        task_pool(tasks, runs_model=True) as run_tasks,
+        progress_counter("images", dataset.samples) as advance,
+    ):
+        for shard_sums in run_tasks(evaluate_shard, _split(dataset, job, TASK_SAMPLES)):
+            sums += shard_sums
+            advance(int(shard_sums[0]))  # samples
+    result: dict[str, Any] = metrics_from_sums(sums.tolist(), dataset)
+    name = f"evaluations/step-{job.step or 0:08d}-{dataset.fingerprint[:12]}-crop-{job.crop:g}.json"
+    result |= {"step": job.step, "data": dataset.store.url, "crop": job.crop}
+    store.write(name, (json.dumps(result, indent=1) + "\n").encode())
+    console.print(
+        f"{_label(job)}: top-1 {result['val_top1']:.2f} %, top-5 {result['val_top5']:.2f} %, loss "
+        f"{result['val_loss']:.4f}, {plural(dataset.samples, 'image')}, {result['val_bad']:.0f} of them bad"
+    )
+
+
+@click.command()
+@click.argument("run")
+@click.option("--data", required=True, metavar="DATASET", help="Dataset to read.")
+@click.option(
+    "--out",
+    required=True,
+    metavar="FOLDER",
+    help="Folder for the Parquet files, with columns sample, key, label and feature.",
+)
+@step_option
+@pool_option
+@image_size_option
+@crop_option
+@batch_option
+@tasks_option
+def features(run: str, data: str, out: str, step: int | None, tasks: int | None, **options: Any) -> None:
+    """Write an encoder's features of all images to Parquet files.
+
+    Images that cannot be read are skipped. Run the same command again to resume.
+    """
+    from cluster.runtime.task_pool import task_pool
+    from trainer.evaluate.features import write_features
+
+    template = replace(_make_template(run, step, **options), out=open_store(out).url)
+    dataset = open_dataset(data)
+    samples = _samples_per_task(template)
+    _write_description(open_store(out), template, dataset, samples)
+    rows = 0
+    with (
+        task_pool(tasks, runs_model=True) as run_tasks,
+        progress_counter("images", dataset.samples) as advance,
+    ):
+        for job, good in run_tasks(write_features, _split(dataset, template, samples)):
+            rows += good
+            advance(job.last - job.first)
+    bad = plural(dataset.samples - rows, "bad image")
+    console.print(f"{_label(template)}: wrote features of {plural(rows, 'image')} to {out}, skipped {bad}")
+
+
+def _samples_per_task(job: InferenceShard) -> int:
+    """Return the number of samples whose features fit into TASK_FEATURE_BYTES, at most TASK_SAMPLES."""
+    from trainer.weights.pretrained import read_model_info
+
+    model = read_model_info(job.run, job.step).model
+    height, width = job.size or model.size
+    vectors = (height // model.patch_size) * (width // model.patch_size) if job.pool == "patches" else 1
+    return min(TASK_SAMPLES, max(TASK_FEATURE_BYTES // (vectors * model.width * 4), 1))
+
+
+def _write_description(store: Store, template: InferenceShard, dataset: Dataset, samples: int) -> None:
+    """Write to the output folder how its features are made. Raise UserError if it has features of other settings."""
+    settings = {
+        **asdict(template),
+        "data": dataset.fingerprint,
+        "samples": dataset.samples,
+        "samples_a_part": samples,
+    }
+    for name in ("first", "last", "out", "batch"):
+        del settings[name]
+    settings = json.loads(json.dumps(settings))  # tuples become lists
+    try:
+        existing = json.loads(store.read(FEATURES))
+    except FileNotFoundError:
+        if names := store.names():
+            raise UserError(f"{store.url} is not empty ({names[0]}, …): choose another --out") from None
+        store.write(FEATURES, (json.dumps(settings, indent=1) + "\n").encode())
+        return
+    if changed := [
+        f"{name} {existing.get(name)} → {value}"
+        for name, value in settings.items()
+        if existing.get(name) != value
+    ]:
+        raise UserError(
+            f"{store.url} already has features with other settings ({'; '.join(changed)}): choose another --out"
+        )
+
+
+@click.command()
+@click.argument("run")
+@click.option("--data", required=True, metavar="DATASET", help="Reference dataset: its labels are used.")
+@click.option("--val", required=True, metavar="DATASET", help="Dataset to classify, with the same classes.")
+@click.option(
+    "--neighbours",
+    type=click.IntRange(min=1),
+    metavar="K",
+    default=20,
+    show_default=True,
+    help="Number of nearest neighbours.",
+)
+@step_option
+@click.option(
+    "--pool",
+    type=click.Choice(["class", "mean"]),
+    default="class",
+    show_default=True,
+    help="Feature of an image: the class token, or the mean over its patches.",
+)
+@crop_option
+@batch_option
+@tasks_option
+def knn(
+    run: str, data: str, val: str, neighbours: int, step: int | None, tasks: int | None, **options: Any
+) -> None:
+    """Evaluate an encoder by k-nearest-neighbour classification.
+
+    Nothing is trained. Each image of --val gets the class that its nearest neighbours in --data vote for, weighted by the
+    cosine similarity of their features. All features are kept in memory: about 4 GB for ImageNet and a ViT-B.
+    """
+    from cluster.runtime.task_pool import task_pool
+    from trainer.evaluate.accuracy import check_classes
+    from trainer.evaluate.features import extract_features
+    from trainer.evaluate.knn import knn_votes
+
+    template = _make_template(run, step, **options)
+    bank, queries = open_dataset(data), open_dataset(val)
+    classes = check_classes(bank, queries)
+    features_and_labels = []
+    with task_pool(tasks, runs_model=True) as run_tasks:
+        for name, dataset in (("reference images", bank), ("query images", queries)):
+            with progress_counter(name, dataset.samples) as advance:
+                tables = {}
+                for job, table in run_tasks(extract_features, _split(dataset, template, TASK_SAMPLES)):
+                    tables[job.first] = table
+                    advance(job.last - job.first)
+            features_and_labels.append(_as_tensors([tables[first] for first in sorted(tables)], dataset))
+    (reference, reference_labels), (query, query_labels) = features_and_labels
+    votes = knn_votes(query, reference, reference_labels, classes, neighbours)
+    best = votes.topk(min(5, classes), dim=1).indices
+    correct = best == query_labels[:, None]
+    # Images that cannot be read have no features, and count as wrong.
+    top1, top5 = (100 * hits.sum().item() / queries.samples for hits in (correct[:, 0], correct.any(dim=1)))
+    console.print(
+        f"{_label(template)}: top-1 {top1:.2f} %, top-5 {top5:.2f} % with {plural(neighbours, 'nearest neighbour')}, "
+        f"{plural(queries.samples, 'image')} against {len(reference):,}"
+    )
+
+
+def _as_tensors(tables: list[Any], dataset: Dataset) -> tuple[Any, Any]:
+    """Return features, float32[n, width], and labels, int64[n]. Raise UserError if a sample has no label."""
+    import torch
+
+    labels = np.concatenate([table["label"].to_numpy() for table in tables]).astype(np.int64)
+    if (labels == NO_LABEL).any():
+        raise UserError(f"{dataset.store.url} has samples without a label, which knn needs")
+    columns = [table["feature"].combine_chunks() for table in tables]
+    vectors = [column.flatten().to_numpy().reshape(len(column), -1) for column in columns]
+    return torch.from_numpy(np.concatenate(vectors)), torch.from_numpy(labels)

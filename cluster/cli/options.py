@@ -1,0 +1,64 @@
+"""Options that several commands share."""
+
+from collections.abc import Callable
+
+import click
+
+from pipeline.errors import UserError
+
+OVERRIDES = (
+    "key=value arguments override keys of the recipe, for example epochs=100 or model.decoder_depth=4."
+)
+TRAINING = (
+    f"{OVERRIDES} Run the same command again to resume from the newest checkpoint. Training runs on the Ray cluster at "
+    "RAY_ADDRESS; without it, Ray is started on this machine."
+)
+
+
+def training_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of the commands that train, or prepare training."""
+    for option in reversed(
+        (
+            click.option(
+                "--config",
+                "recipe",
+                required=True,
+                type=click.Path(dir_okay=False),
+                help="Recipe: a YAML file such as those in recipes/.",
+            ),
+            click.option("--data", required=True, metavar="DATASET", help="Dataset to train on."),
+            click.option(
+                "--out",
+                required=True,
+                metavar="FOLDER",
+                help="Run folder. If it already contains this run, training resumes.",
+            ),
+            click.option("--ledger", is_flag=True, help="Record the sample ids of each step in the metrics."),
+            click.argument("overrides", nargs=-1, metavar="[key=value]..."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def _parse_size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    height, _, width = text.partition("x")
+    if not height.isdigit() or not (width or height).isdigit():
+        raise UserError(
+            f"--image-size {text}: expected one number, or HEIGHTxWIDTH, for example 384 or 384x512"
+        )
+    return int(height), int(width or height)
+
+
+step_option = click.option(
+    "--step", type=click.IntRange(min=1), metavar="N", help="Step of the checkpoint.  [default: the newest]"
+)
+image_size_option = click.option(
+    "--image-size",
+    "size",
+    callback=lambda context, option, text: _parse_size(text),
+    metavar="N|HxW",
+    help="Image size, if it differs from that of training: position embeddings are interpolated.",
+)

@@ -1,0 +1,1 @@
+"""Job submission, and manifests for Kubernetes and AWS."""

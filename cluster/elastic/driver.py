@@ -1,0 +1,292 @@
+"""Run a training loop of trainer/ on Ray Train.
+
+Ray starts the workers, joins them into a process group and reports failures. Checkpoints are written by
+trainer.run.checkpoint: Ray's checkpoint manager is not used.
+"""
+
+import logging
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import Any
+
+import click
+import ray
+import ray.train
+import torch
+from pyarrow.fs import FSSpecHandler, PyFileSystem
+from ray.train.torch import TorchConfig
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from rich.console import Console
+
+from cluster.elastic import preemption
+from cluster.elastic.failures import (
+    WorkersStopped,
+    describe,
+    find_user_error,
+    is_infrastructure_failure,
+    workers_stopped,
+)
+from cluster.elastic.mailbox import Mailbox, MailboxHandler
+from cluster.elastic.scaling import ElasticTrainer, current_stop_request
+from cluster.runtime.session import check_reachable, connect, explain_import_errors
+from cluster.terminal.live_status import live_status
+from pipeline.cpus import available_cores
+from pipeline.dataset.dataset import Dataset, open_dataset
+from pipeline.errors import UserError
+from pipeline.storage.store import open_store
+from pipeline.text import plural
+from trainer.config.recipe import CONFIG_TYPES
+from trainer.config.schema import LabelledRunConfig, PretrainConfig, RunConfig, WorkersConfig
+from trainer.evaluate.accuracy import check_classes
+from trainer.run.checkpoint import newest_checkpoint
+from trainer.run.events import Events
+from trainer.run.lease import Lease
+from trainer.run.run import Run, create_run, make_order, open_run, pop_failure, write_failure
+from trainer.run.worker import Callbacks, Worker
+from trainer.train.registry import TRAIN_FUNCTIONS
+from trainer.weights.init import resolve_init
+
+RAY_FOLDER = "ray"  # in the run folder: files of Ray's controller
+MAX_IMBALANCE = 1.1  # busiest worker's share of the lanes over the mean share; a warning is printed above it
+
+# Ray's default timeouts are made for slower jobs: with them, a killed node cost 76 s and 27 steps (measured).
+RAY_SETTINGS = {
+    # The controller checks its workers this often (default: 2 s), so it notices starts, ends and failures sooner.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # A worker that does not answer is stuck (SIGSTOP, a hung driver) and not busy: it answers in a thread of its own.
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "10",
+    # Workers start within seconds, unless their node is gone and Ray has not noticed yet.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
+    # Our scaling policy reacts to preemption notices.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+for name, value in RAY_SETTINGS.items():
+    os.environ.setdefault(name, value)
+# For all processes of the job. A process group that has lost a member cannot shut down in order, so the wait for it is
+# short (Ray's default: 30 s).
+WORKER_ENVIRONMENT = {"TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3"}
+
+
+def train(config: RunConfig, data: str, out: str, console: Console, ledger: bool = False) -> None:
+    """Pre-train, fine-tune or probe on Ray: on the cluster at RAY_ADDRESS, or on a Ray started in this process.
+
+    Args:
+        config: of the run.
+        data: URL or folder of the dataset.
+        out: URL or folder of the run; an existing run is resumed.
+        console: where progress and events are printed.
+        ledger: whether metrics list the sample ids of each step.
+
+    Raises:
+        UserError: for errors that the user has to fix, on whichever machine they occurred.
+        click.ClickException: if the workers failed repeatedly without progress.
+        KeyboardInterrupt: if SIGINT or SIGTERM stopped the run.
+    """
+    dataset = open_dataset(data)
+    config, run = _open(out, config, dataset)  # refuse invalid input before anything is written
+    if address := os.environ.get("RAY_ADDRESS"):
+        check_reachable(address)
+    # If the lease is lost, this process interrupts itself.
+    with Lease(run.store, console.print, lambda: os.kill(os.getpid(), signal.SIGINT)) as lease:
+        config, run = _open(out, config, dataset)  # again: another process may have owned the run until now
+        run = replace(run, owner=lease.owner)
+        try:
+            _train(config, dataset, run, ledger, lease, console)
+        except UserError as error:
+            if not lease.lost:
+                with suppress(UserError, OSError):  # the error is printed even if it cannot be recorded
+                    write_failure(run, str(error))
+            raise
+        except KeyboardInterrupt:
+            if lease.lost:
+                raise UserError(
+                    f"another process has taken over {run.store.url}: this process stopped"
+                ) from None
+            raise
+
+
+def _open(out: str, config: RunConfig, dataset: Dataset) -> tuple[RunConfig, Run]:
+    """Open or prepare the run at `out`, check its datasets, and resolve `init` on the first attempt."""
+    config, run = open_run(out, config, dataset)
+    if isinstance(config, LabelledRunConfig):
+        check_classes(dataset, open_dataset(config.data.val) if config.data.val else None)
+    if isinstance(config, PretrainConfig) and config.knn:
+        check_classes(dataset, open_dataset(config.knn.val))
+    return (resolve_init(config) if run.attempt == 1 else config), run
+
+
+def _train(
+    config: RunConfig, dataset: Dataset, run: Run, ledger: bool, lease: Lease, console: Console
+) -> None:
+    order = make_order(config, dataset)
+    lanes = f"{plural(order.lanes, 'lane')}, block {config.data.block}"
+    console.print(
+        f"run {run.run_id[:8]} attempt {run.attempt}: {plural(dataset.samples, 'sample')}, "
+        f"global batch {config.global_batch}, {lanes}, {_worker_range(config.workers)} → {run.store.url}"
+    )
+    workers = config.workers.max
+    if (imbalance := order.imbalance(workers)) > MAX_IMBALANCE:
+        console.print(
+            f"warning: {plural(order.lanes, 'lane')} cannot be shared evenly by {plural(workers, 'worker')}: the busiest "
+            f"worker has {imbalance:.2f} times the mean load. Choose a number of workers that divides the number of lanes",
+            style="yellow",
+        )
+    if reason := pop_failure(run.store):
+        console.print(f"the previous attempt failed: {reason}", style="yellow")
+    wanted = _worker_range(config.workers)
+    started = f"{wanted} on the Ray cluster" if os.environ.get("RAY_ADDRESS") else f"Ray and {wanted}"
+    console.print(f"starting {started} …")  # takes up to a minute
+    try:
+        _start_ray(config.workers, console)
+        create_run(config, run, dataset)
+        with explain_import_errors():
+            _fit(config, dataset.store.url, run, ledger, lease, console)
+    finally:
+        ray.shutdown()
+
+
+def _worker_range(workers: WorkersConfig) -> str:
+    """Return "2 workers" or "1 to 4 workers"."""
+    return ("" if workers.min == workers.max else f"{workers.min} to ") + plural(workers.max, "worker")
+
+
+def _start_ray(workers: WorkersConfig, console: Console) -> None:
+    connect(max(available_cores(), workers.max), WORKER_ENVIRONMENT)
+    address = os.environ.get("RAY_ADDRESS")
+    gpus = ray.cluster_resources().get("GPU", 0)
+    if not address and 0 < gpus < workers.min:
+        raise UserError(
+            f"{workers.min} workers need one GPU each, but this machine has {gpus:g}: reduce `workers` in the config"
+        )
+    if address and not gpus:
+        console.print("the cluster has no GPU at the moment: the workers use CPUs")
+
+
+def _fit(config: RunConfig, data: str, run: Run, ledger: bool, lease: Lease, console: Console) -> None:
+    gpus = ray.cluster_resources().get("GPU", 0) > 0
+    this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    mailbox = ray.remote(num_cpus=0, scheduling_strategy=this_node)(Mailbox).remote(run.run_id[:8])
+    workers = config.workers
+    trainer = ElasticTrainer(
+        _run_worker,
+        run_id=run.run_id,
+        mailbox=mailbox,
+        train_loop_config={
+            "config": config.model_dump(),
+            "data": data,
+            "out": run.store.url,
+            "run_id": run.run_id,
+            "ledger": ledger,
+            "owner": run.owner,
+            "mailbox": mailbox,
+        },
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers.max if workers.min == workers.max else (workers.min, workers.max),
+            use_gpu=gpus,
+        ),
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        run_config=ray.train.RunConfig(
+            name=f"attempt-{run.attempt:04d}",
+            storage_path=run.store.path(RAY_FOLDER),
+            storage_filesystem=None if run.store.is_local else PyFileSystem(FSSpecHandler(run.store.fs)),
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    try:
+        with live_status(mailbox, console, Events(run).append), _stop_on_signal(mailbox, lease, console):
+            trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        if workers_stopped(error):
+            console.print(_stop_message(run, ray.get(mailbox.steps_done.remote())))
+            raise KeyboardInterrupt from None
+        raise _explain(error) from None
+    finally:
+        if not lease.lost:
+            with suppress(UserError, OSError):  # files that are left behind do no harm
+                run.store.remove(run.store.names(RAY_FOLDER))
+            if run.store.is_local:
+                shutil.rmtree(run.store.path(RAY_FOLDER), ignore_errors=True)
+
+
+def _stop_message(run: Run, steps: int) -> str:
+    """Say at which step the run stopped, and where it will resume."""
+    committed = newest_checkpoint(run.store)
+    if committed >= steps:
+        return f"stopped after step {committed}, with a checkpoint: run the same command again to resume"
+    return (
+        f"stopped after step {steps}; the last checkpoint is of step {committed}: run the same command again to resume "
+        "from it, or from a newer snapshot if a machine still has one"
+    )
+
+
+@contextmanager
+def _stop_on_signal(mailbox: Any, lease: Lease, console: Console) -> Iterator[None]:
+    """Stop the workers on SIGINT (Ctrl-C) and SIGTERM (`ray job stop`) after they saved their state.
+
+    A second signal stops at once. `ray.init` installs signal handlers of its own, so these must be installed after it.
+    """
+    stopping = False
+
+    def handle(*_: object) -> None:
+        nonlocal stopping
+        if stopping or lease.lost:
+            raise KeyboardInterrupt
+        stopping = True
+        mailbox.request_stop.remote()
+        console.print("stopping: the workers save their state first (repeat to stop at once)")
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _explain(error: ray.train.TrainingFailedError) -> Exception:
+    """Return the exception that tells the user why the run failed."""
+    if fixable := find_user_error(error):
+        return fixable
+    cause = describe(error)
+    # If no worker died it is a bug in maestream or Ray, and the traceback helps to find it.
+    details = "" if is_infrastructure_failure(error) else f"\n{error}"
+    return click.ClickException(
+        f"{cause}{details}\nRun the same command again to resume from the last checkpoint."
+    )
+
+
+def _run_worker(job: dict[str, Any]) -> None:
+    """Train as one worker. Runs in a process of its own, on any node of the cluster."""
+    context, mailbox = ray.train.get_context(), job["mailbox"]
+    log = logging.getLogger("maestream")
+    log.addHandler(MailboxHandler(mailbox))
+    node = ray.get_runtime_context().get_node_id()
+    if context.get_local_rank() == 0:
+        preemption.watch(node, log.warning)
+    device = ray.train.torch.get_device()
+    # Ray sets one thread; share the machine's cores among its workers instead.
+    torch.set_num_threads(max(1, available_cores() // context.get_local_world_size()))
+    # Attempt 0: `trainer.train.loop.train` begins the next one.
+    run = Run(open_store(job["out"], already_reached=True), job["run_id"], attempt=0, owner=job["owner"])
+    worker = Worker(
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        node=node,
+        device=device,
+        ledger=job["ledger"],
+    )
+    callbacks = Callbacks(
+        stop_request=current_stop_request,
+        on_attempt=lambda *attempt: mailbox.begin_attempt.remote(*attempt),
+        on_step=lambda steps: mailbox.set_steps_done.remote(steps),
+        on_metrics=lambda row: mailbox.put_metrics.remote(row),
+        on_event=lambda event: mailbox.add_event.remote(event),
+    )
+    dataset = open_dataset(job["data"], already_reached=True)
+    config = CONFIG_TYPES[job["config"]["task"]].model_validate(job["config"])
+    if not TRAIN_FUNCTIONS[config.task](config, dataset, run, worker, callbacks):
+        raise WorkersStopped

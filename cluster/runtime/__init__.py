@@ -1,0 +1,1 @@
+"""Connecting to Ray, and running many small tasks on it."""

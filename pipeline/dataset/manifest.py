@@ -1,0 +1,159 @@
+"""The dataset format: a manifest, a table of shards, and an index per shard.
+
+    DEST/manifest.json               totals, class names and fingerprint
+    DEST/shards.parquet              one row per shard (SHARDS_SCHEMA)
+    DEST/shard-000000.tar            a plain WebDataset tar: KEY.jpg and KEY.cls for each sample
+    DEST/index/shard-000000.parquet  one row per sample, in the tar's order (INDEX_SCHEMA)
+
+The manifest is written last: a folder without one is not a dataset. Samples are numbered from 0, through all shards in
+the order of shards.parquet; this number is the sample's id. The tars can be elsewhere (`Manifest.shards_url`).
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict
+
+from pipeline.errors import UserError
+from pipeline.storage.parquet import PART_ROWS, to_parquet
+from pipeline.storage.store import Store
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+SHARDS = "shards.parquet"
+NO_LABEL = -1
+BUILDING = "building.json"  # exists while a build is unfinished, see pipeline.build.build
+BUILDING_FOLDER = "building"  # its finished parts
+
+SHARDS_SCHEMA = pa.schema(
+    [
+        ("name", pa.string()),
+        ("samples", pa.int64()),
+        ("bytes", pa.int64()),  # of the tar
+        ("sha256", pa.string()),  # of the tar; "" if its bytes were not read
+        ("content", pa.string()),  # digest of the training data, see content_digest
+    ]
+)
+INDEX_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("offset", pa.int64()),  # of the image's first byte in the tar
+        ("size", pa.int32()),  # of the image in bytes
+        ("label", pa.int32()),  # NO_LABEL if there is none
+        ("width", pa.int32()),  # pixels, as stored: EXIF orientation is ignored everywhere
+        ("height", pa.int32()),
+        ("crc32c", pa.uint32()),  # of the image's bytes; 0 if they were not read
+    ]
+)
+
+
+class Manifest(BaseModel):
+    """The contents of manifest.json."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    format_version: int
+    fingerprint: str
+    samples: int
+    shards: int
+    image_bytes: int  # total size of the images
+    classes: list[str]  # the name of each label; empty if there are no labels
+    built: dict[str, Any]  # how the dataset was made, for information
+    checksums: bool = True  # whether crc32c (in the indexes) and sha256 (in the table of shards) are known
+    shards_url: str | None = None  # where the tars are, if not beside this file
+
+
+INDEX_ROW = np.dtype(
+    [(field.name, field.type.to_pandas_dtype()) for field in INDEX_SCHEMA if field.name != "key"]
+)
+PART_BYTES = 8 << 20  # the table of shards is read in parts of this size
+
+
+def index_name(shard_name: str) -> str:
+    """The index file of a shard: "index/shard-000000.parquet" for "shard-000000.tar"."""
+    return f"index/{shard_name.removesuffix('.tar')}.parquet"
+
+
+def read_file(store: Store, name: str) -> bytes:
+    """Read a file of a dataset. UserError if it is missing."""
+    try:
+        return store.read(name)
+    except FileNotFoundError:
+        raise UserError(f"{store.describe(name)} is missing: copy or build the dataset again") from None
+
+
+def read_shard_table(store: Store) -> memoryview:
+    """Read the bytes of shards.parquet: 142 MB for a million shards. UserError if it is missing.
+
+    Read in parts into one buffer: `Store.read` would need twice the memory while it joins its parts.
+    """
+    try:
+        data = memoryview(bytearray(store.size(SHARDS)))
+    except FileNotFoundError:
+        raise UserError(f"{store.describe(SHARDS)} is missing: copy or build the dataset again") from None
+
+    def read(start: int) -> None:
+        part = store.read_range(SHARDS, start, min(PART_BYTES, len(data) - start))
+        data[start : start + len(part)] = part
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(read, range(0, len(data), PART_BYTES)))
+    return data
+
+
+def content_digest(index: pa.Table) -> str:
+    """SHA-256 of a shard's training data: key, label, size and crc32c of each image, in order."""
+    rows = index.select(["key", "label", "size", "crc32c"]).to_pylist()
+    return hashlib.sha256(json.dumps([list(row.values()) for row in rows]).encode()).hexdigest()
+
+
+def fingerprint(contents: Iterable[pa.ChunkedArray]) -> str:
+    """The dataset's identity: SHA-256 over the content digests of its shards, in order.
+
+    Independent of paths, dates and tool versions. The digests come in parts, because a million Python strings take
+    120 MB.
+    """
+    digest = hashlib.sha256()
+    for nth, part in enumerate(contents):
+        lines = "\n".join(part.to_pylist())
+        digest.update(("\n" + lines if nth else lines).encode())
+    return digest.hexdigest()
+
+
+def write_dataset(
+    store: Store,
+    shards: pa.Table,
+    image_bytes: int,
+    classes: list[str],
+    built: dict[str, Any],
+    *,
+    checksums: bool = True,
+    shards_url: str | None = None,
+) -> Manifest:
+    """Write the table of shards, then the manifest. The manifest makes it a dataset, so the tars and indexes come first.
+
+    Args:
+        shards: SHARDS_SCHEMA.
+        image_bytes, classes, built, checksums, shards_url: see `Manifest`.
+    """
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        fingerprint=fingerprint(
+            shards["content"].slice(start, PART_ROWS) for start in range(0, len(shards), PART_ROWS)
+        ),
+        samples=int(shards["samples"].to_numpy().sum()),
+        shards=len(shards),
+        image_bytes=image_bytes,
+        classes=classes,
+        built=built,
+        checksums=checksums,
+        shards_url=shards_url,
+    )
+    store.write(SHARDS, to_parquet(shards))
+    store.write(MANIFEST, (manifest.model_dump_json(indent=2) + "\n").encode())
+    return manifest

@@ -1,0 +1,255 @@
+"""The training batches of one worker: from the step number to images on the device.
+
+    step ─▶ sample ids ─▶ encoded samples ─▶ crop boxes, flips ─▶ images
+            order.py       readahead.py       crops.py             pipeline/decode/
+                              │ requests byte ranges
+                           fetch process ─▶ disk cache, storage
+                           fetch_process.py  disk_cache.py
+
+The step number is the only state: `Loader.batch(step)` is a pure function of it. `Loader.steps` yields the same batches,
+with samples read ahead by one thread and PREFETCH_BATCHES decoded ahead of the trainer.
+
+Memory of a worker, for a dataset of any size (asserted by tests/pipeline/loading/test_memory.py):
+
+    readahead_bytes                 encoded samples read ahead: two blocks of each lane
+    PREFETCH_BATCHES + 2 steps      encoded samples that are not decoded yet, and for each lane the rest of
+      and a block of each lane      the block that contains them
+    a quarter of these two and      unused room in buffers, and free buffers
+      an eighth of readahead_bytes
+    PREFETCH_BATCHES + 2 batches    images. If a GPU decodes, they are in its memory, with the images of steps that
+                                    are queued on its stream
+    dataset.INDEX_BYTES             indexes, besides those that are being parsed, and 50 bytes per shard
+    300 bytes per sample            position of each sample that is read ahead
+    32 MB                           threads and images that are being decoded; more threads need one image each
+
+Memory of its fetch process, besides its imports: LARGE_READS pieces of at most GET_BYTES (for local files FILE_BYTES)
+plus the two chunks at their ends, twice while a response body is joined, and SMALL_READS pieces of SMALL_BYTES
+(constants of `pipeline.loading.fetch_process`).
+"""
+
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pipeline.arrays import Ints
+from pipeline.dataset.dataset import Dataset
+from pipeline.decode.decoder import Decoder
+from pipeline.errors import UserError
+from pipeline.loading.crops import (
+    AREA,
+    CENTRE,
+    Crops,
+    centre_crops,
+    fixed_crops,
+    random_flips,
+    random_resized_crops,
+)
+from pipeline.loading.disk_cache import CHUNK_BYTES, open_disk_cache
+from pipeline.loading.fetch_client import Fetcher
+from pipeline.loading.order import Order
+from pipeline.loading.readahead import Reader, Samples, read_samples
+from pipeline.stage_times import StageTimes
+
+PREFETCH_BATCHES = 2  # batches decoded ahead of the trainer
+CONCURRENT_DECODES = 2  # batches decoded at the same time: a GPU works on one while the host parses the other
+CHANGED = "its bytes changed (crc32c differs from the index)"
+log = logging.getLogger("maestream")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A worker's part of one global batch: n samples."""
+
+    images: torch.Tensor  # uint8[n, 3, h, w], RGB, on the decoder's device; the other tensors are on the CPU
+    labels: torch.Tensor  # int64[n], NO_LABEL if the dataset has none
+    sample_ids: torch.Tensor  # int64[n]
+    weights: torch.Tensor  # float32[n]: 1, or 0 for a bad sample, whose image is zeros
+    bad: dict[int, str]  # position of a bad sample → the reason
+    stage_times: StageTimes  # thread-seconds spent on making this batch
+
+
+@dataclass(frozen=True)
+class TrainBatch(Batch):
+    """A worker's part of the global batch of an optimizer step."""
+
+    step: int
+    epoch: int
+    wait_s: float  # seconds that the trainer waited for it
+
+
+class Loader:
+    """The training batches of one worker.
+
+    Args:
+        order: the data order.
+        decoder: decodes, crops and resizes the images.
+        rank, world_size: this worker, and the number of workers.
+        disk_cache: folder and size in bytes of the disk cache, which the workers of a node share; None: no cache.
+        crop_area: smallest and largest area of random crops, as a share of the image's area.
+        crops: "random": random area, aspect ratio and position; "fixed": the evaluation crop's size at a random
+            position; "centre": the evaluation crop.
+        flips: mirror half of the images.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        order: Order,
+        decoder: Decoder,
+        rank: int,
+        world_size: int,
+        disk_cache: tuple[str, int] | None = None,
+        crop_area: tuple[float, float] = AREA,
+        crops: Crops = "random",
+        flips: bool = True,
+    ) -> None:
+        self.dataset = dataset
+        self.crop_area, self.crops, self.flips = crop_area, crops, flips
+        self.order = order
+        self.decoder = decoder
+        self.rank = rank
+        self.world_size = world_size
+        self.disk_cache = disk_cache
+        self.fetcher: Fetcher | None = None  # of the latest call of `steps`
+        # Two blocks of each lane, the one in use and the next, each with a chunk more at its ends.
+        lanes = len(order.lanes_of(rank, world_size))
+        self.readahead_bytes = 2 * lanes * (int(order.block * dataset.mean_sample_bytes) + CHUNK_BYTES)
+
+    def batch(self, step: int) -> Batch:
+        """The batch of optimizer step `step`, counted from 0 over all epochs."""
+        ids = self.order.step_ids(step, self.rank, self.world_size)
+        return _on_current_stream(self._decode(step, read_samples(self.dataset, ids)))
+
+    def steps(self, start: int, stop: int) -> Generator[TrainBatch, None, None]:
+        """The batches of steps `start` to `stop` − 1, made ahead by threads: one reads, CONCURRENT_DECODES decode."""
+        upcoming = iter(range(start, stop))
+        prefetched: deque[Future[Batch]] = deque()
+        with ExitStack() as stack:
+            reading, decoding = (
+                ThreadPoolExecutor(1, "reader"),
+                ThreadPoolExecutor(CONCURRENT_DECODES, "decoder"),
+            )
+            stack.callback(decoding.shutdown, cancel_futures=True)
+            stack.callback(reading.shutdown, cancel_futures=True)
+            reader = stack.enter_context(closing(self._reader(stack, start, stop)))
+            for step in range(start, stop):
+                for ahead in itertools.islice(upcoming, PREFETCH_BATCHES + 1 - len(prefetched)):
+                    samples = reading.submit(reader.read, ahead)
+                    prefetched.append(
+                        decoding.submit(lambda s, f: self._decode(s, f.result()), ahead, samples)
+                    )
+                begin = time.perf_counter()
+                batch = _on_current_stream(prefetched.popleft().result())
+                wait_s = time.perf_counter() - begin
+                epoch = step // self.order.steps_per_epoch
+                yield TrainBatch(**vars(batch), step=step, epoch=epoch, wait_s=wait_s)
+
+    def _reader(self, stack: ExitStack, start: int, stop: int) -> Reader:
+        disk_cache = None
+        if self.disk_cache:
+            folder, max_bytes = self.disk_cache
+            chunks = int((-(-self.dataset.shard_bytes // CHUNK_BYTES)).sum())
+            try:
+                disk_cache = stack.enter_context(
+                    open_disk_cache(folder, max_bytes, self.dataset.identity, chunks)
+                )
+            except OSError as error:
+                raise UserError(
+                    f"data.cache={folder} cannot be used ({error.strerror}): choose another folder"
+                ) from None
+        reader = Reader(
+            self.dataset,
+            self.order,
+            self.rank,
+            self.world_size,
+            start,
+            stop,
+            self.readahead_bytes,
+            disk_cache,
+        )
+        self.fetcher = reader.fetcher
+        return reader
+
+    def cache_hit_rate(self) -> float:
+        """Share of the bytes read by `steps` so far that came from the disk cache."""
+        fetcher = self.fetcher
+        total = fetcher.cached_bytes + fetcher.storage_bytes if fetcher else 0
+        return fetcher.cached_bytes / total if fetcher and total else 0.0
+
+    def _decode(self, step: int, samples: Samples) -> Batch:
+        epoch = step // self.order.steps_per_epoch
+        located = samples.located
+        seed, ids, height, width = self.order.seed, samples.ids, located.height, located.width
+        if self.crops == "random":
+            boxes = random_resized_crops(seed, epoch, ids, height, width, self.crop_area)
+        elif self.crops == "fixed":
+            boxes = fixed_crops(seed, epoch, ids, height, width, aspect_of(self.decoder))
+        else:
+            boxes = centre_crops(height, width, CENTRE, aspect_of(self.decoder))
+        flips = random_flips(seed, epoch, ids) if self.flips else np.zeros(len(ids), bool)
+        return decode_batch(self.dataset, self.decoder, samples, boxes, flips)
+
+    def close(self) -> None:
+        self.decoder.close()
+
+
+def aspect_of(decoder: Decoder) -> float:
+    """Width / height of a decoder's images."""
+    return decoder.size[1] / decoder.size[0]
+
+
+def decode_batch(
+    dataset: Dataset, decoder: Decoder, samples: Samples, boxes: Ints, flips: np.ndarray
+) -> Batch:
+    """Decode samples with crop boxes (int64[n, 4]) and flips (bool[n]).
+
+    A bad sample, whose bytes have changed or cannot be decoded, stays in the batch with weight 0 and is logged.
+    """
+    changed = set(samples.changed)
+    decoded = decoder([b"" if i in changed else data for i, data in enumerate(samples.encoded)], boxes, flips)
+    bad = decoded.bad | dict.fromkeys(samples.changed, CHANGED)
+    weights = torch.ones(len(samples.ids))
+    for i, reason in bad.items():
+        weights[i] = 0
+        shard = dataset.shard_store.describe(dataset.shard_name(int(samples.located.shard[i])))
+        log.warning(
+            "bad sample %d, %s at byte %d of %s: %s",
+            samples.ids[i],
+            *dataset.keys(samples.ids[i : i + 1]),
+            samples.located.offset[i],
+            shard,
+            reason,
+        )
+    labels = torch.from_numpy(samples.located.label)
+    ids, stage_times = torch.from_numpy(samples.ids), samples.stage_times + decoded.stage_times
+    return Batch(decoded.images, labels, ids, weights, bad, stage_times)
+
+
+def centred_batch(dataset: Dataset, decoder: Decoder, ids: Ints, side: float = CENTRE) -> Batch:
+    """Samples (ids: int64[n]) with centre crops and no flips, for pictures and evaluations.
+
+    Args:
+        side: of the crops, as a share of the image's shorter side.
+    """
+    samples = read_samples(dataset, ids)
+    boxes = centre_crops(samples.located.height, samples.located.width, side, aspect_of(decoder))
+    return _on_current_stream(decode_batch(dataset, decoder, samples, boxes, np.zeros(len(ids), bool)))
+
+
+def _on_current_stream(batch: Batch) -> Batch:
+    """The same batch, safe to use on the caller's CUDA stream.
+
+    The decoder allocated the images on its own stream (`pipeline.decode.dali`), so torch would reuse their memory there
+    as soon as the tensor is freed. The caller's stream may not have read it by then, so torch has to wait for it too.
+    """
+    if batch.images.is_cuda:
+        batch.images.record_stream(torch.cuda.current_stream(batch.images.device))
+    return batch

@@ -1,0 +1,135 @@
+"""Apply a saved model to one part of a dataset: logits and their accuracy, or features. Ray tasks call these functions."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from pipeline.dataset.dataset import open_dataset
+from pipeline.decode.decoder import Decoder, Size
+from pipeline.decode.factory import make_decoder
+from pipeline.storage.faults import as_user_error
+from pipeline.storage.parquet import to_parquet
+from pipeline.storage.store import open_shared
+from trainer.config.device import best_device, with_autocast
+from trainer.config.model_schema import ClassifierConfig
+from trainer.config.schema import LinprobeConfig
+from trainer.evaluate.accuracy import centred_batches, sum_metrics
+from trainer.evaluate.inference_shard import FEATURES, InferenceShard, Pool
+from trainer.models.classifier import Classifier
+from trainer.weights.api import load_probe
+from trainer.weights.pretrained import (
+    ModelInfo,
+    build_pretrained,
+    encoder_only,
+    read_model_info,
+    read_pretrained,
+)
+from trainer.weights.resize import resize_model
+
+
+class LoadedModel(NamedTuple):
+    """A model on its device."""
+
+    forward: Callable[[torch.Tensor], torch.Tensor]  # applied to uint8[n, 3, h, w] on the device
+    decoder: Decoder
+    device: torch.device
+
+
+@functools.lru_cache(maxsize=2)  # a Ray task's process gets many parts of the same dataset
+def _load_logits(run: str, step: int | None) -> LoadedModel:
+    """Load a classifier or a linear probe; its forward function returns logits [n, classes]."""
+    info = read_model_info(run, step, already_reached=True)
+    if isinstance(info.run, LinprobeConfig):
+        return _on_device(load_probe(info).to(best_device()), info)
+    classifier = build_pretrained(read_pretrained(run, step, already_reached=True))
+    assert isinstance(classifier, Classifier)
+    return _on_device(classifier.to(best_device()), info)
+
+
+@functools.lru_cache(maxsize=2)
+def _load_features(run: str, step: int | None, pool: Pool, size: Size | None) -> LoadedModel:
+    """Load a model whose forward function returns features.
+
+    These are the input of a classifier's head, or an encoder's tokens by `pool`: [n, width], or [n, rows, columns, width] for
+    all patches.
+    """
+    pretrained = read_pretrained(run, step, already_reached=True)
+    if size:
+        pretrained = resize_model(pretrained, size)
+    if not isinstance(pretrained.model, ClassifierConfig):
+        pretrained = encoder_only(pretrained)
+    model = build_pretrained(pretrained).to(best_device())
+    if isinstance(model, Classifier):
+        return _on_device(model.features, pretrained.info)
+
+    def forward(images: torch.Tensor) -> torch.Tensor:
+        tokens = model(images)
+        if pool == "patches":
+            return tokens[:, 1:].unflatten(1, model.grid)
+        return tokens[:, 0] if pool == "class" else tokens[:, 1:].mean(dim=1)
+
+    return _on_device(forward, pretrained.info)
+
+
+def _on_device(forward: Callable[[torch.Tensor], torch.Tensor], info: ModelInfo) -> LoadedModel:
+    device = best_device()
+    decoder = make_decoder("auto", info.model.size, torch.get_num_threads(), device)
+    return LoadedModel(with_autocast(forward, info, device), decoder, device)
+
+
+def evaluate_shard(shard: InferenceShard) -> list[float]:
+    """Sum the metrics over the samples of a shard, in the order of `trainer.evaluate.accuracy.SUM_COLUMNS`."""
+    forward, decoder, device = _load_logits(shard.run, shard.step)
+    dataset = open_dataset(shard.data, already_reached=True)
+    ids = np.arange(shard.first, shard.last)
+    return sum_metrics(forward, dataset, decoder, shard.crop, shard.batch, ids, device).tolist()
+
+
+@torch.no_grad()
+def extract_features(shard: InferenceShard) -> tuple[InferenceShard, pa.Table]:
+    """Compute the features of a shard's samples.
+
+    Returns the shard, and a table with a row for each sample that can be read: sample (id), key, label, and feature, float32,
+    flattened. The feature's shape is in the schema's metadata: [width], or [rows, columns, width] for all patches.
+    """
+    forward, decoder, device = _load_features(shard.run, shard.step, shard.pool, shard.size)
+    dataset = open_dataset(shard.data, already_reached=True)
+    tables = []
+    ids = np.arange(shard.first, shard.last)
+    for batch in centred_batches(dataset, decoder, shard.crop, shard.batch, ids):
+        good = batch.weights > 0
+        features = forward(batch.images.to(device)).float().cpu().numpy()
+        shape, features = features.shape[1:], features[good].reshape(int(good.sum()), -1)
+        good_ids = batch.sample_ids[good].numpy()
+        flat = pa.array(features.ravel(), pa.float32())
+        tables.append(
+            pa.table(
+                {
+                    "sample": good_ids,
+                    "key": dataset.keys(good_ids),
+                    "label": batch.labels[good].numpy(),
+                    "feature": pa.FixedSizeListArray.from_arrays(flat, features.shape[1]),
+                }
+            )
+        )
+    return shard, pa.concat_tables(tables).replace_schema_metadata({"shape": str(list(shape))})
+
+
+def write_features(shard: InferenceShard) -> tuple[InferenceShard, int]:
+    """Write the features of a shard to a file of their own, unless that exists.
+
+    Returns the shard, and the number of its samples that can be read.
+    """
+    store = open_shared(shard.out, FEATURES)
+    name = f"part-{shard.first:010d}.parquet"
+    if store.exists(name):
+        with as_user_error(store.describe(name)), store.fs.open(store.path(name)) as file:
+            return shard, pq.read_metadata(file).num_rows
+    table = extract_features(shard)[1]
+    store.write(name, to_parquet(table))
+    return shard, len(table)

@@ -1,0 +1,195 @@
+"""Model card: the README.md of an export. It says how to load the model, what it was trained on and how, its metrics, and the
+versions of the software."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from pipeline.secrets import without_secrets
+from pipeline.storage.store import Store
+from pipeline.text import plural
+from trainer.config.model_schema import ClassifierConfig, EncoderConfig, ModelConfig
+from trainer.config.schema import CheckpointConfig, LinprobeConfig, RunConfig
+from trainer.models.vit import MEAN, STD
+from trainer.run.metrics import history
+from trainer.run.run import read_record
+from trainer.weights.pretrained import ModelInfo
+from trainer.weights.state_dicts import TRANSFORMERS_CLASSES, model_kind
+
+METRICS = {  # metric → its label on the card, in this order
+    "loss": "training loss at the last step",
+    "val_top1": "validation top-1, %",
+    "val_top5": "validation top-5, %",
+    "knn_top1": "k-NN top-1, %",
+}
+LIBRARIES = {"timm": "timm", "transformers": "transformers"}
+SNAPSHOTS = CheckpointConfig().snapshots  # by default a system folder, which is the same everywhere
+SOURCE_LABELS = {"taken": "assumptions"}  # key of ModelInfo.source → its label on the card
+NORMALISED_INPUT = (
+    "transformers",
+    "timm",
+    "authors",
+)  # formats whose models do not normalise pixels themselves
+
+
+def model_card(info: ModelInfo, model: EncoderConfig, export_format: str) -> str:
+    """Return the card as Markdown, with the YAML header that model hubs read.
+
+    Args:
+        info: the model that was exported.
+        model: architecture of the exported part: all of it, or its encoder alone.
+        export_format: one of `trainer.weights.formats.FORMATS`.
+    """
+    task = "image-classification" if isinstance(model, ClassifierConfig) else "image-feature-extraction"
+    header = {
+        "library_name": LIBRARIES.get(export_format, "maestream"),
+        "pipeline_tag": task,
+        "tags": ["masked-autoencoder", "vit"],
+    }
+    parts = [
+        f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
+        f"# {_title(model)}",
+        f"## Usage\n\n```python\n{usage(model, export_format)}\n```",
+        _describe_input(model, export_format),
+        _describe_run(info) if info.run else _describe_source(info),
+    ]
+    return without_secrets("\n\n".join(parts)) + "\n"
+
+
+def usage(model: EncoderConfig, export_format: str) -> str:
+    """Return Python code that loads an export from "FOLDER" and applies it to `images`."""
+    if export_format == "safetensors":
+        if isinstance(model, ClassifierConfig):
+            return 'from maestream import load_classifier\n\nlogits = load_classifier("FOLDER")(images)'
+        return 'from maestream import load_encoder\n\ntokens = load_encoder("FOLDER")(images)'
+    if export_format == "transformers":
+        name = TRANSFORMERS_CLASSES[model_kind(model)]
+        options = ", add_pooling_layer=False" if name == "ViTModel" else ""
+        return (
+            f'from transformers import {name}\n\noutput = {name}.from_pretrained("FOLDER"{options})(images)'
+        )
+    if export_format == "timm":
+        return (
+            "import timm\n\n"
+            'model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()\n'
+            "output = model(images)"
+        )
+    if export_format == "authors":
+        return (
+            "import torch\n\n"
+            "# model: built with the MAE authors' code, github.com/facebookresearch/mae\n"
+            'model.load_state_dict(torch.load("FOLDER/model.pth")["model"])'
+        )
+    output = "logits" if isinstance(model, ClassifierConfig) else "tokens"
+    if export_format == "onnx":
+        return (
+            "import onnxruntime\n\n"
+            'session = onnxruntime.InferenceSession("FOLDER/model.onnx")\n'
+            f'({output},) = session.run(None, {{"images": images}})'
+        )
+    return f'import torch\n\n{output} = torch.export.load("FOLDER/model.pt2").module()(images)'
+
+
+def _describe_input(model: EncoderConfig, export_format: str) -> str:
+    height, width = model.size
+    if export_format in NORMALISED_INPUT:
+        # The card's code for the authors' model only loads the weights.
+        images = "The model takes images as" if export_format == "authors" else "`images` are"
+        return (
+            f"{images} float32[n, 3, {height}, {width}], RGB, scaled to [0, 1], minus the mean {MEAN}, divided by the standard "
+            f"deviation {STD}."
+        )
+    array = "a NumPy array" if export_format == "onnx" else "a tensor"
+    return (
+        f"`images` is {array}, uint8[n, 3, {height}, {width}], RGB. The model normalises the pixels itself."
+    )
+
+
+def _title(model: EncoderConfig) -> str:
+    height, width = model.size
+    kind = "ViT encoder"
+    if isinstance(model, ModelConfig):
+        kind = f"Masked autoencoder (decoder: {plural(model.decoder_depth, 'block')} of width {model.decoder_width})"
+    elif isinstance(model, ClassifierConfig):
+        kind = "ViT classifier"
+    return (
+        f"{kind}: {plural(model.depth, 'block')}, width {model.width}, {plural(model.heads, 'head')}, patch size "
+        f"{model.patch_size}, image size {height} × {width}"
+    )
+
+
+def _describe_run(info: ModelInfo) -> str:
+    """Return the sections of a model from a run: training, data, metrics, versions, recipe."""
+    assert info.run is not None
+    assert info.store is not None
+    assert info.step is not None
+    record = read_record(info.store)
+    data = record.data
+    training = (
+        f"Trained with `maestream {info.run.task}` for {plural(info.step, 'step')}, {plural(info.run.global_batch, 'image')} per "
+        "step."
+    )
+    if isinstance(info.run, LinprobeConfig):
+        training += " This is the frozen encoder, without the linear layer that was trained on it."
+    dataset = (
+        f"- dataset: {data['name']}, {plural(data['samples'], 'sample')}, {plural(data['classes'], 'class', 'classes')}\n"
+        if data
+        else ""
+    )
+    metrics = "\n".join(f"- {label}: {value}" for label, value in _metrics(info.store, info.step))
+    newest = record.versions[max(record.versions)] if record.versions else {}
+    versions = "\n".join(f"- {name} {version}" for name, version in newest.items())
+    return "\n\n".join(
+        [
+            f"## Training\n\n{training}",
+            f"## Data\n\n{dataset}- fingerprint: `{record.fingerprint}`",
+            f"## Metrics\n\nAfter step {info.step:,} of run `{record.run_id}`:\n\n{metrics or '- none'}",
+            f"## Versions\n\n{versions}",
+            f"## Recipe\n\n```yaml\n{recipe_yaml(info.run)}```",
+        ]
+    )
+
+
+def recipe_yaml(run: RunConfig) -> str:
+    """Return the config as YAML, without the folders of its locations: the card is public."""
+    return yaml.safe_dump(_without_folders(run.model_dump()), sort_keys=False, allow_unicode=True)
+
+
+def _without_folders(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _without_folders(value) for key, value in tree.items()}
+    if isinstance(tree, str) and tree != SNAPSHOTS and (tree.startswith("/") or "://" in tree):
+        return "…/" + tree.rstrip("/").rpartition("/")[2]
+    return tree
+
+
+def _describe_source(info: ModelInfo) -> str:
+    """Return the section of a model without a run: what is known of its origin."""
+    known = {SOURCE_LABELS.get(key, key): value for key, value in info.source.items() if value}
+    lines = [
+        f"- {label}: {'; '.join(map(str, value)) if isinstance(value, list) else value}"
+        for label, value in known.items()
+    ]
+    return "## Source\n\n" + ("\n".join(lines) or "- unknown")
+
+
+def _metrics(store: Store, step: int) -> Iterator[tuple[str, str]]:
+    """Yield label and value of the newest metrics and evaluations that are not newer than `step` steps."""
+    newest: dict[str, tuple[int, float]] = {}
+    for row in history(store):
+        for name in METRICS.keys() & row.keys():
+            # k-NN runs in the background: its result is in a later row than its step's.
+            at = int(row["knn_step"]) - 1 if name == "knn_top1" else row["step"]
+            if at < step and at >= newest.get(name, (-1, 0.0))[0]:
+                newest[name] = at, row[name]
+    for name, label in METRICS.items():
+        if name in newest:
+            at, value = newest[name]
+            older = "" if at == step - 1 else f" (after step {at + 1:,})"
+            yield label + older, f"{value:.4f}" if name == "loss" else f"{value:.2f}"
+    for file in store.names("evaluations"):
+        if file.startswith(f"evaluations/step-{step:08d}-"):
+            result = json.loads(store.read(file))
+            yield f"top-1 on {result['data'].rpartition('/')[2]}, %", f"{result['val_top1']:.2f}"
