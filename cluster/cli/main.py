@@ -13,7 +13,7 @@ from cluster.cli.evaluate import evaluate, features, knn
 from cluster.cli.manifests import manifests
 from cluster.cli.order import order
 from cluster.cli.report import report
-from cluster.cli.shards import shards
+from cluster.cli.shards.group import shards
 from cluster.cli.study import study
 from cluster.cli.submit import submit
 from cluster.cli.train import finetune, linprobe, pretrain

@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +23,7 @@ from pipeline.errors import UserError
 from pipeline.storage.parquet import PART_ROWS, to_parquet
 from pipeline.storage.store import Store
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # the newest that this version of maestream reads
 MANIFEST = "manifest.json"
 SHARDS = "shards.parquet"
 NO_LABEL = -1
@@ -52,8 +52,28 @@ INDEX_SCHEMA = pa.schema(
 )
 
 
+# What the label of a sample is: the number of one class, the numbers of any number of classes, or numbers to predict.
+LabelKind = Literal["class", "classes", "numbers"]
+
+
+class Pixels(BaseModel):
+    """The type of a dataset's images. The default holds for all mixtures of 8-bit grey and RGB images."""
+
+    model_config = ConfigDict(frozen=True)
+
+    channels: int = 3
+    dtype: Literal["uint8", "uint16", "float32"] = "uint8"
+
+
+RGB = Pixels()
+
+
 class Manifest(BaseModel):
-    """The contents of manifest.json."""
+    """The contents of manifest.json.
+
+    Keys after `shards_url` are of format version 2. They are written only if they differ from their defaults, and a
+    manifest without them has version 1, so that earlier versions of maestream still read it.
+    """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -66,6 +86,22 @@ class Manifest(BaseModel):
     built: dict[str, Any]  # how the dataset was made, for information
     checksums: bool = True  # whether crc32c (in the indexes) and sha256 (in the table of shards) are known
     shards_url: str | None = None  # where the tars are, if not beside this file
+    labels: LabelKind = "class"
+    pixels: Pixels = RGB
+
+    def to_json(self) -> bytes:
+        """The file's text."""
+        return (
+            self.model_dump_json(indent=2, exclude=VERSION_2_KEYS - self.version_2_keys()) + "\n"
+        ).encode()
+
+    def version_2_keys(self) -> set[str]:
+        """Those of VERSION_2_KEYS that differ from their defaults."""
+        fields = Manifest.model_fields
+        return {name for name in VERSION_2_KEYS if getattr(self, name) != fields[name].default}
+
+
+VERSION_2_KEYS = {"labels", "pixels"}
 
 
 INDEX_ROW = np.dtype(
@@ -134,15 +170,17 @@ def write_dataset(
     *,
     checksums: bool = True,
     shards_url: str | None = None,
+    labels: LabelKind = "class",
+    pixels: Pixels = RGB,
 ) -> Manifest:
     """Write the table of shards, then the manifest. The manifest makes it a dataset, so the tars and indexes come first.
 
     Args:
         shards: SHARDS_SCHEMA.
-        image_bytes, classes, built, checksums, shards_url: see `Manifest`.
+        image_bytes, classes, built, checksums, shards_url, labels, pixels: see `Manifest`.
     """
     manifest = Manifest(
-        format_version=FORMAT_VERSION,
+        format_version=1,
         fingerprint=fingerprint(
             shards["content"].slice(start, PART_ROWS) for start in range(0, len(shards), PART_ROWS)
         ),
@@ -153,7 +191,11 @@ def write_dataset(
         built=built,
         checksums=checksums,
         shards_url=shards_url,
+        labels=labels,
+        pixels=pixels,
     )
+    if manifest.version_2_keys():
+        manifest = manifest.model_copy(update={"format_version": 2})
     store.write(SHARDS, to_parquet(shards))
-    store.write(MANIFEST, (manifest.model_dump_json(indent=2) + "\n").encode())
+    store.write(MANIFEST, manifest.to_json())
     return manifest

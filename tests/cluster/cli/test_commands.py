@@ -140,7 +140,7 @@ def test_unsuitable_datasets_are_refused(scenes: Dataset, tmp_path: Path) -> Non
     assert not (tmp_path / "run").exists()  # nothing was written
     shutil.copytree(scenes.store.root, tmp_path / "newer")
     manifest = tmp_path / "newer" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 2'))
+    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 3'))
     assert "upgrade maestream" in pretrain(tmp_path / "newer")
     assert "no such config" in refused(
         "pretrain", "--config", "recipes/none.yaml", "--data", scenes.store.url, "--out", tmp_path / "run"

@@ -328,7 +328,7 @@ def test_a_size_that_is_not_the_images_is_a_bad_sample(small: Dataset, tmp_path:
         {"fingerprint": "0" * 64},
         {"format_version": -1},
         {"format_version": [1]},
-        {"format_version": 2},
+        {"format_version": 3},
     ],
     ids=str,
 )

@@ -1,0 +1,1 @@
+"""`maestream shards`: commands for datasets."""

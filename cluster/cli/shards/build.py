@@ -1,0 +1,180 @@
+"""`maestream shards build`."""
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cluster.cli.shards.common import summary
+from cluster.terminal.console import BuildProgress, console
+from pipeline.dataset.dataset import open_dataset
+from pipeline.storage.store import Store, open_store
+from pipeline.text import plural
+
+if TYPE_CHECKING:
+    from pipeline.build.build import BuildResult
+    from pipeline.build.shard_writer import BuildOptions
+
+MAX_PRINTED = 20  # images that were skipped; the rest is counted
+SIDE = click.IntRange(min=16, max=65_500)
+SEED = click.IntRange(min=0, max=2**31 - 1)
+
+
+@click.command()
+@click.argument("source")
+@click.argument("dest")
+@click.option(
+    "--shard-mb",
+    type=click.FloatRange(min=0.01),
+    metavar="MIB",
+    default=128,
+    show_default=True,
+    help="Target size of a shard in MiB.",
+)
+@click.option("--seed", type=SEED, metavar="N", default=0, show_default=True, help="Seed of the shuffle.")
+@click.option(
+    "--devkit",
+    metavar="FILE",
+    help="ILSVRC2012_devkit_t12.tar.gz, which has the labels of ILSVRC2012_img_val.tar.",
+)
+@click.option(
+    "--check",
+    type=click.Choice(["decode", "header"]),
+    default="decode",
+    show_default=True,
+    help="How to test each image: decode it, or read only its header.",
+)
+@click.option(
+    "--shorter-side",
+    type=SIDE,
+    metavar="PIXELS",
+    help="Shrink images whose shorter side is larger than this.",
+)
+@click.option(
+    "--longer-side", type=SIDE, metavar="PIXELS", help="Shrink images whose longer side is larger than this."
+)
+@click.option("--rgb-jpeg", is_flag=True, help="Convert PNG, WebP and CMYK images to RGB JPEGs.")
+@click.option(
+    "--quality",
+    type=click.IntRange(1, 100),
+    metavar="N",
+    default=90,
+    show_default=True,
+    help="JPEG quality of shrunk and converted images. All others are copied unchanged.",
+)
+@click.option(
+    "--drop-duplicates",
+    is_flag=True,
+    help="Of images with identical bytes, keep only the first. Reads all images twice.",
+)
+@click.option(
+    "--tasks",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Number of shards to write in parallel.  [default: number of CPU cores]",
+)
+@click.option(
+    "--memory-mb",
+    type=click.FloatRange(min=1),
+    metavar="MIB",
+    default=256,
+    show_default=True,
+    help="Memory for the images of each parallel task in MiB.",
+)
+@click.option(
+    "--strict", is_flag=True, help="Stop at the first image that cannot be read, instead of leaving it out."
+)
+@click.option("--overwrite", is_flag=True, help="Replace an existing dataset in DEST.")
+def build(source: str, dest: str, **options: Any) -> None:
+    """Build a dataset of WebDataset shards from images.
+
+    DEST is the folder of the dataset. SOURCE is one of:
+
+    \b
+      a folder of class folders, or of images
+      ILSVRC2012_img_train.tar, or ILSVRC2012_img_val.tar with --devkit
+      a WebDataset tar, or a folder of them
+      Parquet files, for example "data/train-*.parquet"
+      synthetic images, for example "synthetic:?count=4096&classes=10&seed=0"
+
+    Archives are read without unpacking them. Run the same command again to resume an interrupted build.
+    """
+    from cluster.runtime.task_pool import task_pool
+    from pipeline.build.build import CONTACT_SHEET, build
+    from pipeline.build.shard_writer import BuildOptions, Receipt
+    from pipeline.dataset.image_check import Conversion
+    from pipeline.loading.contact_sheet import draw_contact_sheet
+
+    store = open_store(dest)
+    build_options = BuildOptions(
+        shard_bytes=int(options["shard_mb"] * 2**20),
+        seed=options["seed"],
+        check=options["check"],
+        conversion=Conversion(
+            options["shorter_side"], options["longer_side"], options["rgb_jpeg"], options["quality"]
+        ),
+        strict=options["strict"],
+        drop_duplicates=options["drop_duplicates"],
+    )
+    started = time.monotonic()
+    with task_pool(options["tasks"]) as run, BuildProgress() as progress:
+
+        def on_shard(receipt: Receipt, kept: bool) -> None:
+            progress.add(receipt.images, receipt.source_bytes, len(receipt.left_out), kept)
+
+        built = build(
+            source,
+            store,
+            build_options,
+            devkit=options["devkit"],
+            memory=int(options["memory_mb"] * 2**20),
+            overwrite=options["overwrite"],
+            run=run,
+            on_plan=progress.start,
+            on_shard=on_shard,
+        )
+    _print_left_out(built, store)
+    store.write(CONTACT_SHEET, draw_contact_sheet(open_dataset(dest)))
+    console.print(
+        f"wrote {summary(built.manifest)}, {len(built.skipped):,} skipped, to {dest} in "
+        f"{_duration(time.monotonic() - started)}"
+    )
+    _print_notes(built, store, build_options)
+    console.print(f"wrote a contact sheet to {store.describe(CONTACT_SHEET)}")
+
+
+def _print_left_out(built: "BuildResult", store: Store) -> None:
+    """Print the images that were skipped, and warnings."""
+    from pipeline.build.build import LEFT_OUT
+
+    for line in built.skipped[:MAX_PRINTED]:
+        console.print(f"skipped {line}", style="yellow")
+    if len(built.skipped) > MAX_PRINTED:
+        console.print(
+            f"… and {len(built.skipped) - MAX_PRINTED:,} more, listed in {store.describe(LEFT_OUT)}",
+            style="yellow",
+        )
+    for line in built.warnings:
+        console.print(f"note: {line}", style="yellow")
+
+
+def _print_notes(built: "BuildResult", store: Store, options: "BuildOptions") -> None:
+    """Print what else is worth knowing about a build: resumed shards, unusual formats, duplicates, changed images."""
+    from pipeline.build.build import DUPLICATES
+
+    if built.kept:
+        console.print(f"{plural(built.kept, 'shard')} already existed from an interrupted build")
+    if built.odd:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in built.odd.items())
+        action = "converted to RGB JPEGs" if options.conversion.rgb_jpeg else "kept: all decoders read them"
+        console.print(f"images other than RGB or grey JPEGs: {kinds}; {action}")
+    if built.duplicates:
+        action = "skipped" if options.drop_duplicates else "kept (--drop-duplicates skips them)"
+        count = plural(len(built.duplicates), "duplicate")
+        console.print(f"{count} {action}, listed in {store.describe(DUPLICATES)}")
+    if built.changed:
+        console.print(f"{plural(built.changed, 'image')} changed: {built.manifest.built['bytes']}")
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 100 else f"{seconds / 60:.1f} min"

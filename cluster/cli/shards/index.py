@@ -1,0 +1,66 @@
+"""`maestream shards index`."""
+
+import click
+
+from cluster.cli.shards.common import NO_CHECKSUMS, summary
+from cluster.terminal.console import console, progress_bar
+from pipeline.storage.store import open_store
+from pipeline.text import plural
+
+
+@click.command()
+@click.argument("dest", metavar="FOLDER")
+@click.option(
+    "--to", metavar="FOLDER", help="Folder for the index and manifest.  [default: the folder of the tars]"
+)
+@click.option(
+    "--checksums",
+    is_flag=True,
+    help="Read every byte and store checksums, so that corruption is detected later.",
+)
+@click.option("--skip-damaged", is_flag=True, help="Skip damaged samples and list them, instead of stopping.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing index and manifest.")
+def index(dest: str, to: str | None, checksums: bool, skip_damaged: bool, overwrite: bool) -> None:
+    """Make a dataset of existing WebDataset tars.
+
+    Writes an index and a manifest for all tars in FOLDER, and leaves the tars as they are. Only the headers in the
+    tars are read, unless --checksums is given. Images are .jpg, .jpeg, .png and .webp files; labels are .cls files, or the
+    key "label", "cls" or "class" of .json files.
+    """
+    from PIL import features
+
+    from pipeline.dataset.index import find_shards, index_shards
+
+    store = open_store(dest)
+    names = find_shards(store)
+    with progress_bar() as progress:
+        task = progress.add_task("shards", total=len(names))
+        found = index_shards(
+            store,
+            names,
+            open_store(to or dest),
+            checksums=checksums,
+            skip_damaged=skip_damaged,
+            overwrite=overwrite,
+            on_shard=lambda: progress.advance(task),
+        )
+    for line in found.skipped.listed:
+        console.print(f"skipped {line}", style="yellow")
+    if found.skipped.count > len(found.skipped.listed):
+        console.print(f"… and {found.skipped.count - len(found.skipped.listed):,} more", style="yellow")
+    if found.webp and not features.check("webp"):
+        console.print(
+            f"{plural(found.webp, 'image')} in WebP format, which the installed Pillow cannot decode",
+            style="yellow",
+        )
+    manifest = found.manifest
+    console.print(
+        f"indexed {summary(manifest)}, {found.skipped.count:,} skipped, {found.without_label:,} without a label; wrote "
+        f"the index and manifest to {to or dest}"
+    )
+    if found.without_image or found.other_files:
+        console.print(
+            f"ignored {plural(found.without_image, 'sample')} without an image, {plural(found.other_files, 'other file')}"
+        )
+    if not checksums:
+        console.print(NO_CHECKSUMS)

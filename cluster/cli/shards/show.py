@@ -1,0 +1,73 @@
+"""`maestream shards show`."""
+
+from typing import Any
+
+import click
+from rich.table import Table
+
+from cluster.cli.shards.common import NO_CHECKSUMS
+from cluster.terminal.console import console, write_file
+from pipeline.dataset.dataset import open_dataset
+
+BUILT_LABELS = {"bytes": "image bytes", "build": "build id", "odd": "other formats"}
+
+
+@click.command()
+@click.argument("dest", metavar="DATASET")
+@click.option(
+    "--grid",
+    type=click.Path(dir_okay=False, writable=True),
+    help="Write a contact sheet of images to this PNG file.",
+)
+@click.option(
+    "--sizes",
+    type=click.Path(dir_okay=False, writable=True),
+    help="Write histograms of the image sizes to this PNG file.",
+)
+def show(dest: str, grid: str | None, sizes: str | None) -> None:
+    """Show counts, sizes and classes of a dataset."""
+    dataset = open_dataset(dest)
+    manifest = dataset.manifest
+    table = Table(show_header=False, box=None)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    shard_mib = dataset.shard_bytes / 2**20
+    rows = {
+        "dataset": dataset.store.url,
+        "fingerprint": manifest.fingerprint,
+        "samples": f"{manifest.samples:,}",
+        "shards": f"{manifest.shards:,}, {shard_mib.min():.1f} to {shard_mib.max():.1f} MiB",
+        "images": f"{manifest.image_bytes / 2**20:,.1f} MiB, {dataset.mean_sample_bytes / 1000:.1f} kB on average",
+        "classes": f"{len(manifest.classes)}: {_shorten(manifest.classes)}" if manifest.classes else "none",
+        **({"tars": manifest.shards_url} if manifest.shards_url else {}),
+        "built": _format_built(manifest.built),
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+    if not manifest.checksums:
+        console.print(NO_CHECKSUMS)
+    if grid:
+        from pipeline.loading.contact_sheet import draw_contact_sheet
+
+        write_file(grid, draw_contact_sheet(dataset))
+        console.print(f"wrote a contact sheet to {grid}")
+    if sizes:
+        from pipeline.dataset.histograms import draw_histograms
+
+        write_file(sizes, draw_histograms(dataset))
+        console.print(f"wrote histograms to {sizes}")
+
+
+def _format_built(built: dict[str, Any]) -> str:
+    """Return how a dataset was made, as in its manifest, as one line."""
+    texts = []
+    for key, value in built.items():
+        if isinstance(value, dict):
+            value = " + ".join(f"{count:,} {kind}" for kind, count in value.items()) or "none"
+        texts.append(f"{BUILT_LABELS.get(key, key.replace('_', ' '))} {value}")
+    return ", ".join(texts)
+
+
+def _shorten(names: list[str]) -> str:
+    return ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
