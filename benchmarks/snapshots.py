@@ -86,7 +86,14 @@ def measure(config: PretrainConfig, run: Run, worker: Worker, taken: int) -> dic
 @click.command(help=(__doc__ or "").split("\n")[0])
 @click.option("--recipe", default="recipes/pretrain_vit_base.yaml", show_default=True, help="Model to train.")
 @click.option("--batch", default=8, show_default=True, help="Images in a batch.")
-@click.option("--snapshots", "taken", default=12, show_default=True, help="Number of snapshots to take.")
+@click.option(
+    "--snapshots",
+    "taken",
+    type=click.IntRange(min=2),
+    default=12,
+    show_default=True,
+    help="Number of snapshots to take.",
+)
 def main(recipe: str, batch: int, taken: int) -> None:
     console = Console(highlight=False)
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
