@@ -1,5 +1,9 @@
 """What several commands for datasets print."""
 
+from collections.abc import Callable
+
+import click
+
 from pipeline.dataset.manifest import Manifest
 from pipeline.text import plural
 
@@ -14,3 +18,36 @@ def summary(manifest: Manifest) -> str:
     classes = plural(len(manifest.classes), "class", "classes")
     size = f"{manifest.image_bytes / 2**20:,.1f} MiB"
     return f"{plural(manifest.samples, 'image')} in {plural(manifest.shards, 'shard')}, {size}, {classes}"
+
+
+def fields_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that choose fields: the arguments of `pipeline.dataset.fields.parse_fields`, in its order."""
+    for option in reversed(
+        (
+            click.option(
+                "--image",
+                metavar="FIELD",
+                help="Which image of a sample to use: an extension such as rgb.jpg, or a column.",
+            ),
+            click.option(
+                "--label",
+                metavar="FIELD",
+                help="Where labels are: an extension such as cls, a field of .json files such as json:path.to.field, or a "
+                "column.",
+            ),
+            click.option(
+                "--label-kind",
+                "kind",
+                type=click.Choice(["class", "classes", "numbers"]),
+                help="What labels are: one class, several classes, or numbers to predict.  [default: decided from all labels]",
+            ),
+            click.option(
+                "--keep-json",
+                "keep",
+                metavar="FIELDS",
+                help="Fields of .json files, or columns, to keep as columns of the index: score,NAME=path.to.field.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
