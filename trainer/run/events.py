@@ -4,10 +4,11 @@ Object stores cannot append, so there each owner of the run has a file of its ow
 writes all of it again at each event.
 """
 
-import json
+from pathlib import Path
 from typing import Any
 
 from pipeline.storage.store import Store
+from trainer.run.json_lines import append_lines, read_lines, repair_lines, to_line
 from trainer.run.run import Run
 
 EVENTS = "events.jsonl"
@@ -19,26 +20,20 @@ class Events:
     def __init__(self, run: Run) -> None:
         self.store = run.store
         self.name = f"events/{run.attempt:04d}-{run.owner}.jsonl"
-        self.lines: list[str] = []
+        self.lines: list[bytes] = []
+        if run.store.is_local:
+            repair_lines(Path(run.store.path(EVENTS)))
 
     def append(self, event: dict[str, Any]) -> None:
-        line = json.dumps(event) + "\n"
         if self.store.is_local:
-            with open(self.store.path(EVENTS), "a") as file:
-                file.write(line)
+            append_lines(Path(self.store.path(EVENTS)), [event])
         else:
-            self.lines.append(line)
-            self.store.write(self.name, "".join(self.lines).encode())
+            self.lines.append(to_line(event))
+            self.store.write(self.name, b"".join(self.lines))
 
 
 def read_events(store: Store) -> list[dict[str, Any]]:
     """Read all events of a run, oldest first."""
     names = [EVENTS] if store.exists(EVENTS) else store.names("events")
-    events = []
-    for name in names:
-        for line in store.read(name).decode().splitlines():
-            try:
-                events.append(json.loads(line))
-            except ValueError:  # an incomplete line, from a writer that was killed
-                continue
+    events = [event for name in names for event in read_lines(store, name)]
     return sorted(events, key=lambda event: event["time"])

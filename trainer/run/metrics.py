@@ -5,8 +5,6 @@ rows since the one before to a new file, RUN/metrics/<attempt>-<step>.jsonl, and
 `read_metrics` reads both.
 """
 
-import io
-import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 from tensorboardX import SummaryWriter
 
 from pipeline.storage.store import Store
+from trainer.run.json_lines import append_lines, newest_lines, read_lines, repair_lines
 from trainer.run.run import Run, in_history, read_starts
 
 METRICS = "metrics.jsonl"
@@ -33,9 +32,7 @@ class Metrics:
         self.spool = None if self.local else tempfile.TemporaryDirectory(prefix="maestream-metrics-")
         folder = Path(self.spool.name if self.spool else run.store.root)
         self.rows = folder / METRICS
-        if self.rows.exists() and not self.rows.read_bytes().endswith(b"\n"):
-            with self.rows.open("a") as file:  # end the incomplete line that a killed writer left
-                file.write("\n")
+        repair_lines(self.rows)
         self.events = folder / "tensorboard"
         self.tensorboard = self._open(part=0)
 
@@ -45,13 +42,34 @@ class Metrics:
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Write rows of metrics, one for each step."""
-        with self.rows.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        append_lines(self.rows, rows)
         for row in rows:
             for name in SCALARS & row.keys():
                 self.tensorboard.add_scalar(name, row[name], row["step"])
             for part, share in row.get("time", {}).items():  # rows of older versions do not have it
                 self.tensorboard.add_scalar(f"time/{part}", share, row["step"])
+
+    def restore(self, rows: list[dict[str, Any]]) -> None:
+        """Write those rows of a snapshot, in order of their steps, that earlier attempts have not written."""
+        if rows:
+            written = {(row["attempt"], row["step"]) for row in self._written_since(rows[0])}
+            self.write([row for row in rows if (row["attempt"], row["step"]) not in written])
+
+    def _written_since(self, first: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Rows in the run folder, in any order: at least those that were written after the row `first` could have been."""
+        if not self.local:
+            # The name of a part ends with the step after its last row.
+            names = [
+                n
+                for n in self.run.store.names("metrics")
+                if int(Path(n).stem.rpartition("-")[2]) > first["step"]
+            ]
+            yield from (row for name in names for row in read_lines(self.run.store, name))
+            return
+        for row in newest_lines(self.rows):
+            yield row
+            if (row["attempt"], row["step"]) <= (first["attempt"], first["step"]):
+                return
 
     def commit(self, step: int) -> None:
         """Make all rows durable. Call it before the checkpoint of `step` is committed."""
@@ -79,11 +97,7 @@ def history(store: Store) -> Iterator[dict[str, Any]]:
     names = [METRICS] if store.exists(METRICS) else store.names("metrics")  # neither: no rows yet
     starts = read_starts(store)
     for name in names:
-        for line in io.BytesIO(store.read(name)):
-            try:
-                row = json.loads(line)
-            except ValueError:  # an incomplete line, from a writer that was killed
-                continue
+        for row in read_lines(store, name):
             if in_history(starts, row["attempt"], row["step"]):
                 yield row
 

@@ -64,7 +64,7 @@ def train(
     optimizer.register_step_pre_hook(lambda *_: snapshots.wait_for_copy())
     metrics = Metrics(run) if is_main else None
     if metrics is not None:
-        metrics.write(unsaved)
+        metrics.restore(unsaved)
 
     def save_checkpoint(step: int) -> None:
         assert metrics is not None
