@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from pipeline.arrays import Ints
 from pipeline.build.duplicates import duplicates_in, without_duplicates
-from pipeline.build.image_table import Source
+from pipeline.build.image_table import Source, images_per_class
 from pipeline.build.shard_writer import (
     BuildOptions,
     Receipt,
@@ -39,16 +39,19 @@ from pipeline.dataset.dataset import open_dataset
 from pipeline.dataset.manifest import (
     BUILDING,
     BUILDING_FOLDER,
+    INDEX_SCHEMA,
     MANIFEST,
     SHARDS,
     SHARDS_SCHEMA,
     Manifest,
     index_name,
+    read_file,
     write_dataset,
 )
 from pipeline.errors import UserError
 from pipeline.hashing import hash64
 from pipeline.parallel import ParallelMap
+from pipeline.storage.parquet import parse_parquet
 from pipeline.storage.store import TEMPORARY, Store, open_store
 from pipeline.text import plural
 
@@ -61,12 +64,13 @@ class BuildResult:
     """What a build did."""
 
     manifest: Manifest
-    warnings: tuple[str, ...]  # what is unusual about the source, one line each
+    notes: tuple[str, ...]  # what is unusual about the source, one line each
     kept: int  # number of shards that an earlier, killed build had finished
     changed: int  # number of images that were converted
     odd: dict[str, int]  # number of images that are not RGB or greyscale JPEGs, by kind, such as "PNG"
     skipped: list[str]  # "name: reason" of each image that cannot be read
     duplicates: list[str]  # one line per duplicate image, whether dropped or kept
+    lost_classes: list[str]  # classes that had images in the source, and have none in the dataset
 
 
 def build(
@@ -78,6 +82,7 @@ def build(
     memory: int = 256 << 20,
     overwrite: bool = False,
     run: ParallelMap = map,
+    on_source: Callable[[tuple[str, ...]], None] = lambda notes: None,
     on_plan: Callable[[int], None] = lambda images: None,
     on_shard: Callable[[Receipt, bool], None] = lambda receipt, kept: None,
 ) -> BuildResult:
@@ -91,6 +96,7 @@ def build(
         memory: bytes of encoded images that one task may hold.
         overwrite: whether to replace a dataset, or an unfinished build of something else.
         run: does the work, see `pipeline.parallel`.
+        on_source: called once the source is listed, with what is unusual about it, one line each.
         on_plan: called with the number of images.
         on_shard: called for each finished shard with its receipt, and whether an earlier build had finished it.
     """
@@ -98,7 +104,7 @@ def build(
     _check_destination(source, store, identity, overwrite)
     if (finished := _finished_manifest(store, identity)) is not None:  # killed during the clean-up
         remove_build_files(store)
-        return BuildResult(finished, (), finished.shards, 0, {}, [], [])
+        return BuildResult(finished, (), finished.shards, 0, {}, [], [], [])
 
     @functools.cache
     def claim() -> Store:
@@ -106,7 +112,9 @@ def build(
         _claim_destination(store, identity)
         return store
 
-    opened = open_source(source, claim, devkit, run)
+    opened = open_source(source, claim, devkit, run, options.source)
+    on_source(opened.notes)
+    listed = opened
     receipts_before = set(claim().names(BUILDING_FOLDER))
     dropped: list[str] = []
     if options.drop_duplicates:
@@ -126,14 +134,15 @@ def build(
         raise UserError(
             f"{opened.description}: none of the {plural(len(skipped), 'image')} can be read: {skipped[0]}"
         )
-    manifest = _finish(opened, store, options, receipts, dropped, identity)
+    lost = _lost_classes(listed, store, receipts) if skipped or dropped else []
+    manifest = _finish(opened, store, options, receipts, dropped, lost, identity)
     duplicates = dropped if options.drop_duplicates else duplicates_in(open_dataset(store.url))
     for name, lines in ((LEFT_OUT, skipped), (DUPLICATES, duplicates)):
         if lines:
             store.write(name, "".join(f"{line}\n" for line in lines).encode())
     remove_build_files(store)
     changed = sum(receipt.changed for receipt in receipts)
-    return BuildResult(manifest, opened.warnings, kept, changed, _total_odd(receipts), skipped, duplicates)
+    return BuildResult(manifest, opened.notes, kept, changed, _total_odd(receipts), skipped, duplicates, lost)
 
 
 def plan_shards(source: Source, store: Store, options: BuildOptions, memory: int) -> Iterator[ShardJob]:
@@ -172,7 +181,8 @@ def shard_bounds(sizes: Ints, shard_bytes: int) -> Ints:
 def _identity(source: str, options: BuildOptions) -> bytes:
     """The contents of building.json: all that the bytes of a build depend on.
 
-    A build is resumed only if these bytes are equal, so do not rename or reorder the keys.
+    A build is resumed only if these bytes are equal, so do not rename or reorder the keys. Newer options are added only
+    where they are used, so that builds of earlier versions are resumed.
     """
     tree = {
         "source": source,
@@ -181,6 +191,7 @@ def _identity(source: str, options: BuildOptions) -> bytes:
         "check": options.check,
         "changes": asdict(options.conversion),
         "drop_duplicates": options.drop_duplicates,
+        **options.source.changes(),
     }
     return json.dumps(tree, indent=2).encode() + b"\n"
 
@@ -240,6 +251,7 @@ def _finish(
     options: BuildOptions,
     receipts: list[Receipt],
     dropped: list[str],
+    lost_classes: list[str],
     identity: bytes,
 ) -> Manifest:
     """Write the table of shards and the manifest."""
@@ -257,10 +269,22 @@ def _finish(
         "left_out": skipped,
         "duplicates_dropped": len(dropped),
         "odd": odd,
+        **({"classes_without_images": ", ".join(lost_classes)} if lost_classes else {}),
         "build": _digest(identity),
     }
     table = pa.Table.from_pylist(rows, schema=SHARDS_SCHEMA)
     return write_dataset(store, table, sum(r.image_bytes for r in receipts), source.classes, built)
+
+
+def _lost_classes(source: Source, store: Store, receipts: list[Receipt]) -> list[str]:
+    """The classes of which all images were left out."""
+    before, after = source.images_per_class(), np.zeros(len(source.classes), np.int64)
+    for receipt in receipts:
+        if receipt.samples:
+            name = index_name(receipt.name)
+            index = parse_parquet(store.describe(name), read_file(store, name), INDEX_SCHEMA, ["label"])
+            after += images_per_class(index["label"], len(source.classes))
+    return [source.classes[label] for label in np.flatnonzero((before > 0) & (after == 0))]
 
 
 def _digest(identity: bytes) -> str:

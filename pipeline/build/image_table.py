@@ -6,22 +6,22 @@ by many processes, each of which gets only its own rows.
 
 import platform
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import PurePosixPath
-from typing import NamedTuple, TypeVar
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.arrays import Ints
 from pipeline.build import imagenet
 from pipeline.build.synthetic import draw_scene
 from pipeline.dataset.manifest import NO_LABEL
 from pipeline.errors import UserError
 from pipeline.parallel import THREADS, map_ahead
 from pipeline.storage.store import open_store
+from pipeline.text import plural
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png")
 T = TypeVar("T")
 WHOLE_FILE = -1  # as offset: the image is the whole file
 ITEMS = pa.schema(
@@ -106,6 +106,23 @@ ImageReader = RangeReader | SceneRenderer  # goes to other processes
 
 
 @dataclass(frozen=True)
+class SourceOptions:
+    """How a source is understood. A build's bytes depend on all of them."""
+
+    # What folders or files such as train and val are: classes, or parts of one dataset. None: they are refused.
+    splits: Literal["classes", "merge"] | None = None
+    allow_empty_classes: bool = False  # whether class folders without images are classes
+
+    def changes(self) -> dict[str, Any]:
+        """Those that differ from their defaults."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if getattr(self, field.name) != field.default
+        }
+
+
+@dataclass(frozen=True)
 class Source:
     """All images of a source, and the reader of their bytes."""
 
@@ -113,37 +130,47 @@ class Source:
     items: pa.Table  # ITEMS
     classes: list[str]  # empty for a source without labels
     reader: ImageReader
-    warnings: tuple[str, ...] = ()  # what is unusual, one line each
+    notes: tuple[str, ...] = ()  # what is unusual, one line each
+
+    def images_per_class(self) -> Ints:
+        """int64[classes]."""
+        return images_per_class(self.items["label"], len(self.classes))
+
+
+def images_per_class(labels: pa.ChunkedArray, classes: int) -> Ints:
+    """Count the images of each class → int64[classes]. `labels`: as in ITEMS."""
+    return np.bincount(labels.to_numpy() - NO_LABEL, minlength=classes + 1)[1:]
 
 
 def make_source(description: str, classes: list[str], reader: ImageReader, items: pa.Table) -> Source:
-    """Return the source of these images (ITEMS). UserError if two images have the same key."""
-    keys = items["key"]
-    if pc.count_distinct(keys).as_py() != len(items):
-        counts = pc.value_counts(keys)
-        key = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"].as_py()
-        same_key = items.filter(pc.equal(keys, key)).slice(0, 2).to_pylist()
-        first, second = (Item(**row).describe() for row in same_key)
-        raise UserError(
-            f"{description}: {first} and {second} would both get the key {key}: rename one of them"
-        )
-    counts = np.bincount(items["label"].to_numpy() - NO_LABEL, minlength=len(classes) + 1)[1:]
-    return Source(
-        description, items.combine_chunks(), classes, reader, imagenet.find_oddities(classes, counts.tolist())
+    """Return the source of these images (ITEMS). Images with the key of an earlier one get a key of their own."""
+    items, notes = _with_distinct_keys(items.combine_chunks())
+    counts = images_per_class(items["label"], len(classes)).tolist()
+    return Source(description, items, classes, reader, (*notes, *imagenet.find_oddities(classes, counts)))
+
+
+def _with_distinct_keys(items: pa.Table) -> tuple[pa.Table, list[str]]:
+    """Number the images whose key an earlier one has: "cat", "cat_2", "cat_3". Returns also a note, if there are any."""
+    if pc.count_distinct(items["key"]).as_py() == len(items):
+        return items, []
+    keys = items["key"].to_pylist()
+    taken, last = set(keys), dict.fromkeys(keys, 0)  # all keys; the last number that was given for each
+    renamed: list[int] = []
+    for place, key in enumerate(keys):
+        last[key] += 1
+        if last[key] == 1:
+            continue
+        while (numbered := f"{key}_{last[key]}") in taken:
+            last[key] += 1
+        taken.add(numbered)
+        keys[place] = numbered
+        renamed.append(place)
+    example = Item(**items.slice(renamed[0], 1).to_pylist()[0]).describe()
+    note = (
+        f"{plural(len(renamed), 'image')} got a number at the end of the key, because another image has the same: "
+        f"{example} has the key {keys[renamed[0]]}"
     )
-
-
-def key_of(name: str) -> str:
-    """Return the WebDataset key of a file: its path without the extension.
-
-    A WebDataset key ends at the first dot of the file name, so other dots become underscores.
-    """
-    path = PurePosixPath(name)
-    return str(path.with_name(path.stem.replace(".", "_")))
-
-
-def is_image(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in IMAGE_EXTENSIONS
+    return items.set_column(0, ITEMS.field("key"), pa.array(keys, pa.string())), [note]
 
 
 def map_items(

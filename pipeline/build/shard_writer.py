@@ -12,7 +12,7 @@ import webdataset
 from crc32c import crc32c
 from pydantic import BaseModel
 
-from pipeline.build.image_table import ImageReader, Item, map_items, rows_of
+from pipeline.build.image_table import ImageReader, Item, SourceOptions, map_items, rows_of
 from pipeline.dataset.image_check import CheckedImage, Conversion, check_image
 from pipeline.dataset.manifest import (
     BUILDING,
@@ -37,6 +37,7 @@ class BuildOptions:
     conversion: Conversion = field(default_factory=Conversion)
     strict: bool = False  # whether an unreadable image is an error; otherwise it is skipped
     drop_duplicates: bool = False  # whether to keep only the first of identical images
+    source: SourceOptions = field(default_factory=SourceOptions)
 
 
 @dataclass(frozen=True)

@@ -20,22 +20,14 @@ from urllib.parse import parse_qsl, urlsplit
 import numpy as np
 import pyarrow as pa
 
-from pipeline.build.image_table import (
-    IMAGE_EXTENSIONS,
-    ITEMS,
-    WHOLE_FILE,
-    RangeReader,
-    SceneRenderer,
-    Source,
-    is_image,
-    key_of,
-    make_source,
-)
+from pipeline.build.file_names import IMAGE_EXTENSIONS, count_by_extension, is_hidden, is_image
+from pipeline.build.folder_source import folder_source
+from pipeline.build.image_table import ITEMS, SceneRenderer, Source, SourceOptions
 from pipeline.build.parquet_source import parquet_source
 from pipeline.build.synthetic import SHAPES
 from pipeline.build.tar_source import dataset_source, tar_source, webdataset_source
 from pipeline.dataset.index import COMPRESSED_NAME
-from pipeline.dataset.manifest import MANIFEST, NO_LABEL
+from pipeline.dataset.manifest import MANIFEST
 from pipeline.dataset.webdataset import compressed_message
 from pipeline.errors import UserError
 from pipeline.parallel import ParallelMap
@@ -45,7 +37,11 @@ SCENE_BYTES = 55_000  # average size of a synthetic image
 
 
 def open_source(
-    url: str, open_spool: Callable[[], Store], devkit: str | None = None, run: ParallelMap = map
+    url: str,
+    open_spool: Callable[[], Store],
+    devkit: str | None = None,
+    run: ParallelMap = map,
+    options: SourceOptions | None = None,
 ) -> Source:
     """Find all images of a source. UserError if there are none, or the source is not valid.
 
@@ -55,6 +51,7 @@ def open_source(
             once the source is known to be valid.
         devkit: path or URL of ImageNet's devkit, for the labels of its validation images.
         run: does the work for several files, see `pipeline.parallel`.
+        options: how the source is understood.
     """
     if url.startswith("synthetic:"):
         return _synthetic(url)
@@ -79,13 +76,14 @@ def open_source(
     if not sizes and not store.exists(""):
         raise UserError(f"{store.url}: no such file or folder")
     if any(map(is_image, sizes)):
-        return _folder(store, sizes)
-    visible = [n for n in sizes if not n.rpartition("/")[2].startswith(".")]
+        return folder_source(store, sizes, options or SourceOptions())
+    visible = [name for name in sizes if not is_hidden(name)]
     tars = [n for n in visible if n.endswith(".tar")]
     names = tars or [n for n in visible if n.endswith(".parquet")]
     if not names:
+        found = f"; it has {count_by_extension(visible)}" if visible else ""
         raise UserError(
-            f"{store.url} has no images in it (expected {', '.join(IMAGE_EXTENSIONS)}, .tar or .parquet files)"
+            f"{store.url} has no images in it (expected {', '.join(IMAGE_EXTENSIONS)}, .tar or .parquet files{found})"
         )
     return _files(store, names, open_spool, devkit, run)
 
@@ -107,44 +105,6 @@ def _files(
     raise UserError(
         f"{store.url}: {names[0]} and {names[-1]} are of different types: select one with a pattern, such as *.tar"
     )
-
-
-def _folder(store: Store, sizes: dict[str, int]) -> Source:
-    """A folder of class folders, or of images without labels.
-
-    The class of an image is the first folder of its path. Classes are sorted and numbered, like torchvision's
-    ImageFolder does.
-    """
-    for name in sizes:
-        if not name.isprintable() or any("\ud800" <= c <= "\udfff" for c in name):
-            raise UserError(f"{store.url}: the file name {name!a} is not printable UTF-8: rename it")
-    images = [name for name in sizes if is_image(name)]
-    in_folders = [name for name in images if "/" in name]
-    if in_folders and len(in_folders) != len(images):
-        outside = next(name for name in images if "/" not in name)
-        raise UserError(
-            f"{store.url} has images both in class folders ({in_folders[0]}) and outside of them ({outside}): "
-            "move the latter away, or into a class folder"
-        )
-    classes = sorted({name.split("/", 1)[0] for name in in_folders})
-    empty = [f for f in store.entries(folders=True) if f not in classes and not f.startswith(".")]
-    if classes and empty:
-        raise UserError(
-            f"{store.url}: the class folder {empty[0]} has no images in it, so it is unclear whether it is a class: "
-            "add images to it, or remove it"
-        )
-    label_of = {name: label for label, name in enumerate(classes)}
-    items = pa.table(
-        {
-            "key": [key_of(name) for name in images],
-            "label": [label_of[name.split("/", 1)[0]] if classes else NO_LABEL for name in images],
-            "file": images,
-            "offset": np.full(len(images), WHOLE_FILE),
-            "size": [sizes[name] for name in images],
-        },
-        schema=ITEMS,
-    )
-    return make_source(store.url, classes, RangeReader(store.url), items)
 
 
 def _synthetic(url: str) -> Source:

@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.build import imagenet
-from pipeline.build.image_table import ITEMS, RangeReader, Source, is_image, key_of, make_source
+from pipeline.build.file_names import is_image, key_of
+from pipeline.build.image_table import ITEMS, RangeReader, Source, make_source
 from pipeline.dataset.dataset import open_dataset
 from pipeline.dataset.index import THREADS
 from pipeline.dataset.labels import LabelEncoder

@@ -354,9 +354,18 @@ def _walk(folder: str) -> Iterator[str]:
         raise error
 
     for root, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
-        above = os.path.realpath(root) + os.sep
-        # A link to a folder above this one would never end.
-        folders[:] = [
-            f for f in folders if not above.startswith(os.path.realpath(os.path.join(root, f)) + os.sep)
-        ]
+        folders[:] = [name for name in folders if not _is_loop(folder, root, name)]
         yield from (os.path.join(root, name) for name in files)
+
+
+def _is_loop(top: str, folder: str, name: str) -> bool:
+    """Whether `name` is a link to a folder that contains it, on the way from `top` to `folder`: it would never end."""
+    path = os.path.join(folder, name)
+    if not os.path.islink(path):
+        return False
+    target = os.path.join(os.path.realpath(path), "")
+    while not os.path.join(os.path.realpath(folder), "").startswith(target):
+        if folder == top:
+            return False
+        folder = os.path.dirname(folder)  # after a link, this is not in the real path
+    return True

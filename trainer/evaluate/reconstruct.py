@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 
 from pipeline.arrays import Ints
-from pipeline.build.image_table import IMAGE_EXTENSIONS, is_image
+from pipeline.build.file_names import IMAGE_EXTENSIONS, is_image
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.image_header import image_size
 from pipeline.decode.decoder import Decoder

@@ -68,6 +68,16 @@ SEED = click.IntRange(min=0, max=2**31 - 1)
     help="Of images with identical bytes, keep only the first. Reads all images twice.",
 )
 @click.option(
+    "--splits",
+    type=click.Choice(["classes", "merge"]),
+    help="What train, val and test in one folder are: names of classes, or parts of one dataset. Refused by default.",
+)
+@click.option(
+    "--allow-empty-classes",
+    is_flag=True,
+    help="Make class folders without images classes, too, as ImageFolder does with allow_empty.",
+)
+@click.option(
     "--tasks",
     type=click.IntRange(min=1),
     metavar="N",
@@ -101,6 +111,7 @@ def build(source: str, dest: str, **options: Any) -> None:
     """
     from cluster.runtime.task_pool import task_pool
     from pipeline.build.build import CONTACT_SHEET, build
+    from pipeline.build.image_table import SourceOptions
     from pipeline.build.shard_writer import BuildOptions, Receipt
     from pipeline.dataset.image_check import Conversion
     from pipeline.loading.contact_sheet import draw_contact_sheet
@@ -115,6 +126,7 @@ def build(source: str, dest: str, **options: Any) -> None:
         ),
         strict=options["strict"],
         drop_duplicates=options["drop_duplicates"],
+        source=SourceOptions(options["splits"], options["allow_empty_classes"]),
     )
     started = time.monotonic()
     with task_pool(options["tasks"]) as run, BuildProgress() as progress:
@@ -130,6 +142,7 @@ def build(source: str, dest: str, **options: Any) -> None:
             memory=int(options["memory_mb"] * 2**20),
             overwrite=options["overwrite"],
             run=run,
+            on_source=_print_source_notes,
             on_plan=progress.start,
             on_shard=on_shard,
         )
@@ -144,7 +157,7 @@ def build(source: str, dest: str, **options: Any) -> None:
 
 
 def _print_left_out(built: "BuildResult", store: Store) -> None:
-    """Print the images that were skipped, and warnings."""
+    """Print the images that were skipped, and the classes that this leaves without images."""
     from pipeline.build.build import LEFT_OUT
 
     for line in built.skipped[:MAX_PRINTED]:
@@ -154,7 +167,18 @@ def _print_left_out(built: "BuildResult", store: Store) -> None:
             f"… and {len(built.skipped) - MAX_PRINTED:,} more, listed in {store.describe(LEFT_OUT)}",
             style="yellow",
         )
-    for line in built.warnings:
+    if built.lost_classes:
+        console.print(
+            f"{plural(len(built.lost_classes), 'class', 'classes')} without an image, because all of theirs were left out: "
+            f"{', '.join(built.lost_classes[:5])}{', …' if len(built.lost_classes) > 5 else ''}. They keep their numbers; to "
+            "build without them, remove their images from the source",
+            style="yellow",
+        )
+
+
+def _print_source_notes(notes: tuple[str, ...]) -> None:
+    """Print what is unusual about a source."""
+    for line in notes:
         console.print(f"note: {line}", style="yellow")
 
 

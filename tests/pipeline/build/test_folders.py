@@ -1,0 +1,232 @@
+"""Class folders as people have them: hidden folders, splits, empty classes, odd names. Nothing is misread in silence."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipeline.build.build import BuildResult, build
+from pipeline.build.file_names import is_image, split_of
+from pipeline.build.image_table import ITEMS, RangeReader, Source, SourceOptions, make_source, rows_of
+from pipeline.build.shard_writer import BuildOptions
+from pipeline.build.sources import open_source
+from pipeline.dataset.dataset import open_dataset
+from pipeline.dataset.verify import verify
+from pipeline.errors import UserError
+from pipeline.storage.store import open_store
+
+
+def picture(number: int = 0, format: str = "JPEG") -> bytes:
+    data = io.BytesIO()
+    pixels = np.random.default_rng(number).integers(0, 255, (8, 8, 3), np.uint8)
+    Image.fromarray(pixels).save(data, format)
+    return data.getvalue()
+
+
+def tree(folder: Path, *names: str) -> Path:
+    """A folder of these files, each a different picture."""
+    for number, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(number, "PNG" if path.suffix.lower() == ".png" else "JPEG"))
+    return folder
+
+
+def opened(folder: Path, options: SourceOptions | None = None) -> Source:
+    return open_source(str(folder), lambda: open_store(str(folder)), options=options)
+
+
+def labels(source: Source) -> dict[str, str]:
+    """File → class name."""
+    return {item.file: source.classes[item.label] for item in rows_of(source.items)}
+
+
+def built(folder: Path, to: Path, **options: object) -> BuildResult:
+    return build(str(folder), open_store(str(to)), BuildOptions(source=SourceOptions(**options)))  # type: ignore[arg-type]
+
+
+# ---- hidden and system files ------------------------------------------------------------------------------------
+
+
+def test_hidden_and_system_folders_are_no_classes_and_have_no_images(tmp_path: Path) -> None:
+    folder = tree(
+        tmp_path / "in",
+        *("cat/1.jpg", "cat/.ipynb_checkpoints/1.jpg", "cat/._1.jpg", "dog/1.jpg", "dog/@eaDir/1.jpg/SM.jpg"),
+        *(".ipynb_checkpoints/2.jpg", "__MACOSX/cat/._1.jpg", "__MACOSX/x.jpg", "lost+found/3.jpg"),
+        *("cat/.DS_Store", "Thumbs.db", "@eaDir/4.jpg", "dog/Thumbs.db", "$RECYCLE.BIN/5.jpg"),
+    )
+    source = opened(folder)
+    assert labels(source) == {"cat/1.jpg": "cat", "dog/1.jpg": "dog"}
+    assert source.notes == ("ignored 9 hidden images, such as $RECYCLE.BIN/5.jpg",)
+
+
+@given(st.lists(st.sampled_from(["cat", ".git", "__MACOSX", "a.b", "LOST+FOUND", "@eaDir"]), min_size=1))
+def test_a_path_with_anything_hidden_in_it_is_no_image(folders: list[str]) -> None:
+    assert is_image("/".join([*folders, "1.jpg"])) == (set(folders) <= {"cat", "a.b"})
+
+
+def test_other_files_are_counted_by_extension(tmp_path: Path) -> None:
+    names = [f"cat/{i}.txt" for i in range(10)] + ["cat/1.heic", "cat/2.HEIC", "cat/README", "cat/1.jpg"]
+    assert opened(tree(tmp_path, *names)).notes == (
+        "ignored 13 other files: 10 .txt, 2 .heic, 1 without an extension",
+    )
+    (tmp_path / "cat" / "1.jpg").unlink()
+    with pytest.raises(UserError, match=r"no images in it .*it has 10 \.txt, 2 \.heic"):
+        opened(tmp_path)
+
+
+def test_all_extensions_of_jpeg_png_and_webp_are_taken_in_any_case_and_depth(tmp_path: Path) -> None:
+    names = ["cat/1.jpg", "cat/a/2.JPEG", "cat/a/b/c/3.JfiF", "cat/4.jpe", "dog/5.PNG", "dog/x/6.WebP"]
+    source = opened(tree(tmp_path, *names))
+    assert labels(source) == {name: name[:3] for name in names}
+
+
+# ---- splits -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ("train", "val"),
+        ("Training", "TEST"),
+        ("train", "validation", "cat"),
+        ("train",),
+        ("train2017", "val2017"),
+    ],
+)
+def test_splits_in_one_tree_are_refused_with_the_way_out(folders: tuple[str, ...], tmp_path: Path) -> None:
+    tree(tmp_path, *(f"{folder}/cat/1.jpg" for folder in folders))
+    first = sorted(folder for folder in folders if folder != "cat")[0]
+    with pytest.raises(
+        UserError, match=f"give one of them, such as {tmp_path}/{first}.* --splits merge.* --splits classes"
+    ):
+        opened(tmp_path)
+
+
+def test_splits_can_be_classes_or_merged(tmp_path: Path) -> None:
+    folder = tree(tmp_path, "train/cat/1.jpg", "train/dog/1.jpg", "val/cat/1.jpg")
+    classes = opened(folder, SourceOptions(splits="classes"))
+    assert labels(classes) == {
+        "train/cat/1.jpg": "train",
+        "train/dog/1.jpg": "train",
+        "val/cat/1.jpg": "val",
+    }
+    merged = opened(folder, SourceOptions(splits="merge"))
+    assert labels(merged) == {"train/cat/1.jpg": "cat", "train/dog/1.jpg": "dog", "val/cat/1.jpg": "cat"}
+    assert [item.key for item in rows_of(merged.items)] == ["train/cat/1", "train/dog/1", "val/cat/1"]
+
+
+def test_a_class_called_train_beside_others_is_a_class(tmp_path: Path) -> None:
+    """COCO and Pascal VOC have such a class."""
+    assert opened(tree(tmp_path, "bus/1.jpg", "car/1.jpg", "train/1.jpg")).classes == ["bus", "car", "train"]
+    assert [split_of(name) for name in ("trains", "trainer", "value", "tests", "devil")] == [None] * 5
+
+
+def test_a_folder_too_high_in_the_tree_is_noted(tmp_path: Path) -> None:
+    folder = tree(tmp_path / "a", "images/cat/1.jpg", "images/dog/1.jpg")
+    assert opened(folder).notes == (
+        f"all images are in one class, images. To make the folders in it the classes (cat, dog), give {folder}/images",
+    )
+    folder = tree(
+        tmp_path / "b", "bottle/train/good/1.jpg", "bottle/test/bad/1.jpg", "cable/train/good/1.jpg"
+    )
+    assert opened(folder).notes == (
+        "the class folders have test/ and train/ in them: the images of all of these are taken",
+    )
+
+
+# ---- empty classes ----------------------------------------------------------------------------------------------
+
+
+def test_an_empty_class_folder_is_refused_or_kept(tmp_path: Path) -> None:
+    folder = tree(tmp_path, "ant/1.jpg", "bee/1.heic", "cat/1.jpg")
+    (tmp_path / ".cache").mkdir()
+    with pytest.raises(
+        UserError, match=r"class folder bee has no images in it \(it has 1 \.heic\).*--allow-empty"
+    ):
+        opened(folder)
+    source = opened(folder, SourceOptions(allow_empty_classes=True))
+    assert source.classes == ["ant", "bee", "cat"]
+    assert labels(source) == {"ant/1.jpg": "ant", "cat/1.jpg": "cat"}
+
+
+def test_a_class_whose_images_were_all_left_out_is_told(tmp_path: Path) -> None:
+    folder = tree(tmp_path / "in", "ant/1.jpg", "bee/1.jpg", "bee/2.jpg", "cat/1.jpg", "cat/2.jpg")
+    for name in ("bee/1.jpg", "bee/2.jpg", "cat/1.jpg"):
+        (folder / name).write_bytes(b"no image")
+    result = built(folder, tmp_path / "out")
+    assert result.lost_classes == ["bee"]
+    assert result.manifest.classes == ["ant", "bee", "cat"]  # the numbers stay what they are
+    assert result.manifest.built["classes_without_images"] == "bee"
+    dataset = open_dataset(str(tmp_path / "out"))
+    assert sorted(dataset.locate([0, 1]).label.tolist()) == [0, 2]
+
+
+# ---- equal keys -------------------------------------------------------------------------------------------------
+
+
+def test_images_that_differ_only_in_the_extension_are_all_taken(tmp_path: Path) -> None:
+    folder = tree(tmp_path / "in", "c/1.JPG", "c/1.jpg", "c/1.png", "c/1_2.jpg", "d/a.b.jpg", "d/a_b.jpg")
+    source = opened(folder)
+    assert {item.file: item.key for item in rows_of(source.items)} == {
+        "c/1.JPG": "c/1",
+        "c/1.jpg": "c/1_3",
+        "c/1.png": "c/1_4",
+        "c/1_2.jpg": "c/1_2",
+        "d/a.b.jpg": "d/a_b",
+        "d/a_b.jpg": "d/a_b_2",
+    }
+    assert source.notes == (
+        "3 images got a number at the end of the key, because another image has the same: c/1.jpg has the key c/1_3",
+    )
+    assert built(folder, tmp_path / "a").manifest == built(folder, tmp_path / "b").manifest
+    assert open_dataset(str(tmp_path / "a")).samples == 6
+    assert verify(open_dataset(str(tmp_path / "a"))) == []
+
+
+@given(st.lists(st.sampled_from(["a", "a_2", "a_2_2", "a_3", "b"])))
+def test_keys_become_distinct_and_the_first_of_each_stays(keys: list[str]) -> None:
+    n = len(keys)
+    columns = {
+        "key": keys,
+        "label": [-1] * n,
+        "file": [str(i) for i in range(n)],
+        "offset": [0] * n,
+        "size": [1] * n,
+    }
+    got = make_source("x", [], RangeReader("."), pa.table(columns, schema=ITEMS)).items["key"].to_pylist()
+    assert len(set(got)) == n
+    firsts = {key: keys.index(key) for key in keys}
+    assert all(got[place] == key for key, place in firsts.items())
+    assert all(new.startswith(old) for new, old in zip(got, keys, strict=True))
+
+
+# ---- links ------------------------------------------------------------------------------------------------------
+
+
+def test_links_that_lead_in_a_circle_end(tmp_path: Path) -> None:
+    folder = tree(tmp_path, "a/1.jpg", "b/2.jpg")
+    (folder / "a" / "to_b").symlink_to(folder / "b")
+    (folder / "b" / "to_a").symlink_to(folder / "a")
+    (folder / "b" / "self").symlink_to(folder / "b")
+    (folder / "b" / "top").symlink_to(folder)
+    assert labels(opened(folder)) == {
+        "a/1.jpg": "a",
+        "a/to_b/2.jpg": "a",
+        "b/2.jpg": "b",
+        "b/to_a/1.jpg": "b",
+    }
+
+
+# ---- builds that were interrupted -------------------------------------------------------------------------------
+
+
+def test_the_identity_of_a_build_has_only_the_options_that_are_used(tmp_path: Path) -> None:
+    """building.json of earlier versions stays equal, so their builds are resumed."""
+    assert SourceOptions().changes() == {}
+    assert SourceOptions("merge", True).changes() == {"splits": "merge", "allow_empty_classes": True}
