@@ -20,6 +20,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.errors import UserError
+from pipeline.images.pixels import RGB, Pixels
 from pipeline.storage.parquet import PART_ROWS, to_parquet
 from pipeline.storage.store import Store
 
@@ -54,18 +55,6 @@ INDEX_SCHEMA = pa.schema(
 
 # What the label of a sample is: the number of one class, the numbers of any number of classes, or numbers to predict.
 LabelKind = Literal["class", "classes", "numbers"]
-
-
-class Pixels(BaseModel):
-    """The type of a dataset's images. The default holds for all mixtures of 8-bit grey and RGB images."""
-
-    model_config = ConfigDict(frozen=True)
-
-    channels: int = 3
-    dtype: Literal["uint8", "uint16", "float32"] = "uint8"
-
-
-RGB = Pixels()
 
 
 class Manifest(BaseModel):

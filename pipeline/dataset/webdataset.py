@@ -18,9 +18,9 @@ from typing import Any
 import pyarrow as pa
 from crc32c import crc32c
 
-from pipeline.dataset.image_header import image_size
 from pipeline.dataset.manifest import INDEX_SCHEMA
 from pipeline.errors import UserError
+from pipeline.images.formats import image_info
 from pipeline.storage.ranged_file import RangedFile
 from pipeline.storage.store import Store
 from pipeline.storage.tar_reader import COMPRESSED, TarDamageError, tar_members
@@ -231,12 +231,12 @@ def _read_image(file: RangedFile, member: tarfile.TarInfo) -> dict[str, int]:
         raise ValueError("the file is 2 GiB or larger")
     crc = 0
     if file.digest is None:
-        width, height = image_size(lambda n: file.read_at(offset, n), size)
+        info = image_info(lambda at, n: file.read_at(offset + at, n), size)
     else:
         data = file.read_at(offset, size)
         crc = crc32c(data)
-        width, height = image_size(lambda n: data[:n], size)
-    return {"offset": offset, "size": size, "width": width, "height": height, "crc32c": crc}
+        info = image_info(lambda at, n: data[at : at + n], size)
+    return {"offset": offset, "size": size, "width": info.width, "height": info.height, "crc32c": crc}
 
 
 def _label(sample: _Sample) -> str:

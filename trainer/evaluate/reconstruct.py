@@ -12,9 +12,9 @@ from PIL import Image, ImageDraw, ImageOps
 from pipeline.arrays import Ints
 from pipeline.build.file_names import IMAGE_EXTENSIONS, is_image
 from pipeline.dataset.dataset import Dataset
-from pipeline.dataset.image_header import image_size
 from pipeline.decode.decoder import Decoder
 from pipeline.errors import UserError
+from pipeline.images.formats import image_info
 from pipeline.loading.crops import CENTRE, centre_crops
 from pipeline.loading.loader import Batch, aspect_of, centred_batch
 from pipeline.storage.store import Store
@@ -127,8 +127,8 @@ def read_image_folder(store: Store, decoder: Decoder, count: int) -> torch.Tenso
 
 def _centre_crop(data: bytes, decoder: Decoder) -> torch.Tensor:
     """Decode the centre crop of an encoded image → uint8[1, 3, h, w]. Raise ValueError with the reason if that fails."""
-    width, height = image_size(lambda size: data[:size], len(data))
-    box = centre_crops(np.array([height]), np.array([width]), CENTRE, aspect_of(decoder))
+    info = image_info(lambda at, size: data[at : at + size], len(data))
+    box = centre_crops(np.array([info.height]), np.array([info.width]), CENTRE, aspect_of(decoder))
     decoded = decoder([data], box, np.zeros(1, bool))
     if decoded.bad:
         raise ValueError(decoded.bad[0])

@@ -26,11 +26,11 @@ from PIL import Image
 
 from pipeline.build.synthetic import draw_scene
 from pipeline.dataset.dataset import Dataset, open_dataset
-from pipeline.dataset.image_header import image_size
 from pipeline.dataset.manifest import INDEX_SCHEMA, MANIFEST, index_name
 from pipeline.decode.decoder import DecoderName
 from pipeline.decode.factory import make_decoder
 from pipeline.errors import UserError
+from pipeline.images.formats import image_info
 from pipeline.loading.crops import centre_crops
 from pipeline.loading.loader import Loader
 from pipeline.loading.order import Order
@@ -301,7 +301,7 @@ def test_an_image_without_area_is_not_indexed() -> None:
         numbers = width.to_bytes(2, "little") + height.to_bytes(2, "little")
         webp = b"RIFF\0\0\0\0WEBPVP8 " + bytes(7) + b"\x9d\x01\x2a" + numbers
         with pytest.raises(ValueError, match=f"the image has {width} × {height} pixels"):
-            image_size(lambda n, webp=webp: webp[:n], len(webp))  # type: ignore[misc]
+            image_info(lambda at, n, webp=webp: webp[at : at + n], len(webp))  # type: ignore[misc]
 
 
 def test_a_size_that_is_not_the_images_is_a_bad_sample(small: Dataset, tmp_path: Path) -> None:
