@@ -33,10 +33,11 @@ from pipeline.dataset.manifest import (
     read_shard_table,
 )
 from pipeline.errors import UserError
-from pipeline.storage.parquet import parse_parquet, parse_parquet_column
+from pipeline.storage.parquet import parse_parquet, parse_parquet_column, read_parquet
 from pipeline.storage.store import Store, open_store
 
 TRAINING_COLUMNS = ["name", "samples", "bytes"]  # columns of SHARDS_SCHEMA that stay in memory
+SMALL_GAP_BYTES = 16 << 10  # bytes between two samples that cost less than another request
 INDEX_BYTES = 128 << 20  # memory for the most recently used indexes: about 450 shards of 10 000 samples
 
 
@@ -106,6 +107,17 @@ class Dataset:
     def mean_sample_bytes(self) -> float:
         """Mean size of an image in bytes."""
         return self.manifest.image_bytes / max(self.samples, 1)
+
+    @functools.cached_property
+    def mean_read_bytes(self) -> float:
+        """About how many bytes are read for a sample, on average.
+
+        It is the size of the image, unless much else lies between the images, as in a view. Then readers read some of that
+        too, but at most as much as the images themselves (`pipeline.loading.readahead`).
+        """
+        image = self.mean_sample_bytes
+        read = min(self.shard_bytes.sum() / max(self.samples, 1), 2 * image + SMALL_GAP_BYTES)
+        return float(read) if read > 1.25 * image + SMALL_GAP_BYTES else image
 
     @property
     def shard_sha256(self) -> pa.ChunkedArray:
@@ -193,9 +205,15 @@ class Dataset:
         shard = np.searchsorted(self.shard_starts, ids, side="right") - 1
         return shard, ids - self.shard_starts[shard]
 
-    def read_index_table(self, shard: int) -> pa.Table:
-        """Read the whole index of a shard, with keys: INDEX_SCHEMA."""
-        return self._parse_index(shard, self._read(index_name(self.shard_name(shard))), INDEX_SCHEMA.names)
+    def read_index_table(self, shard: int, kept: bool = False) -> pa.Table:
+        """Read the whole index of a shard, with keys: INDEX_SCHEMA. `kept`: also the columns that `--keep-json` kept."""
+        data = self._read(index_name(self.shard_name(shard)))
+        table = self._parse_index(shard, data, INDEX_SCHEMA.names)
+        if kept:
+            everything = read_parquet(data)
+            for name in set(everything.column_names).difference(table.column_names):
+                table = table.append_column(name, everything[name])
+        return table
 
     def _read(self, name: str) -> bytes:
         return read_file(self.store, name)

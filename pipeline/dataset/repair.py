@@ -60,6 +60,9 @@ def repair(url: str, run: ParallelMap = map, on_shard: Callable[[], None] = lamb
             result.unrepaired.append(f"{found.problems[0]}; build it again from {source}")
         elif found.index_ok:
             result.unrepaired += found.problems
+        elif "view" in dataset.manifest.built:
+            again = f"make the view again: `maestream shards view {dataset.manifest.built['view']} {store.url} --overwrite …`"
+            result.unrepaired += [f"{problem}; {again}" for problem in found.problems]
         else:
             job = next(job for job in verify_jobs(dataset) if job.name == found.name)
             _repair_index(job, result)

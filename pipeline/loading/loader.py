@@ -121,7 +121,7 @@ class Loader:
         self.fetcher: Fetcher | None = None  # of the latest call of `steps`
         # Two blocks of each lane, the one in use and the next, each with a chunk more at its ends.
         lanes = len(order.lanes_of(rank, world_size))
-        self.readahead_bytes = 2 * lanes * (int(order.block * dataset.mean_sample_bytes) + CHUNK_BYTES)
+        self.readahead_bytes = 2 * lanes * (int(order.block * dataset.mean_read_bytes) + CHUNK_BYTES)
 
     def batch(self, step: int) -> Batch:
         """The batch of optimizer step `step`, counted from 0 over all epochs."""

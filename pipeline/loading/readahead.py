@@ -25,7 +25,7 @@ import numpy as np
 from crc32c import crc32c
 
 from pipeline.arrays import Ints
-from pipeline.dataset.dataset import Dataset, Located
+from pipeline.dataset.dataset import SMALL_GAP_BYTES, Dataset, Located
 from pipeline.dataset.manifest import INDEX_ROW, index_name
 from pipeline.decode.decoder import Encoded
 from pipeline.errors import UserError
@@ -216,13 +216,17 @@ class Reader:
     def _block(self, step: int, located: Located) -> Block:
         """A block of these samples, which are sorted by their position in the dataset."""
         shard, begin, size = located.shard, located.offset, located.size
-        gap = begin[1:] - (begin + size)[:-1]
-        max_gap: int | Ints = HOLE_BYTES if self.order.steps_per_epoch >= LONG_EPOCH else GAP_BYTES
         if step == self.start:
             # The samples of the first step are scattered. Read at most twice their own bytes.
-            max_gap = size[:-1]
-        cuts = np.flatnonzero((np.diff(shard) != 0) | (gap > max_gap) | (gap < 0)) + 1
-        firsts, lasts = np.r_[0, cuts], np.r_[cuts, len(shard)] - 1
+            firsts, lasts = _runs(located, size[:-1])
+        else:
+            firsts, lasts = _runs(
+                located, HOLE_BYTES if self.order.steps_per_epoch >= LONG_EPOCH else GAP_BYTES
+            )
+            # So are those of a view that has few samples of each shard. Here single gaps may be larger.
+            small = max(SMALL_GAP_BYTES, int(size.mean()))
+            if (begin[lasts] + size[lasts] - begin[firsts]).sum() > size.sum() + small * len(size):
+                firsts, lasts = _runs(located, small)
         ranges, begins, position = [], [], 0
         for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
             s, start = int(shard[first]), int(begin[first])
@@ -262,6 +266,14 @@ class Reader:
 
     def close(self) -> None:
         self.fetcher.close()
+
+
+def _runs(located: Located, max_gap: int | Ints) -> tuple[Ints, Ints]:
+    """The first and the last position of each run of samples that are read together: those of one shard with at most
+    `max_gap` bytes between two."""
+    gap = located.offset[1:] - (located.offset + located.size)[:-1]
+    cuts = np.flatnonzero((np.diff(located.shard) != 0) | (gap > max_gap) | (gap < 0)) + 1
+    return np.r_[0, cuts], np.r_[cuts, len(located.shard)] - 1
 
 
 def _read(dataset: Dataset, located: Located, i: int) -> bytes:

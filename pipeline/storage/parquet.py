@@ -18,6 +18,11 @@ def parse_parquet(where: str, data: bytes | memoryview, schema: pa.Schema, colum
         return _checked(_open_parquet(data).read(columns, use_threads=False), schema, columns)
 
 
+def read_parquet(data: bytes | memoryview) -> pa.Table:
+    """Read a whole Parquet file, which is known to be intact."""
+    return _open_parquet(data).read(use_threads=False)
+
+
 def parse_parquet_column(
     where: str, data: bytes | memoryview, schema: pa.Schema, column: str
 ) -> Iterator[pa.ChunkedArray]:

@@ -71,7 +71,7 @@ def fix_order(config: ConfigT, dataset: Dataset) -> ConfigT:
     """Return the config with defaults of lanes (V) and block (K) resolved. UserError if they do not fit the dataset."""
     lanes = config.data.lanes or default_lanes(config.global_batch)
     memory = int(config.data.memory_gb * 2**30)
-    block = config.data.block or default_block(lanes, dataset.mean_sample_bytes, CHUNK_BYTES, memory)
+    block = config.data.block or default_block(lanes, dataset.mean_read_bytes, CHUNK_BYTES, memory)
     fixed = config.model_copy(
         update={"data": config.data.model_copy(update={"lanes": lanes, "block": block})}
     )

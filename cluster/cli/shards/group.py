@@ -6,12 +6,13 @@ from cluster.cli.shards.build import build
 from cluster.cli.shards.index import index
 from cluster.cli.shards.show import show
 from cluster.cli.shards.verify import verify
+from cluster.cli.shards.view import view
 
 
 @click.group()
 def shards() -> None:
-    """Build, index, show and verify datasets of WebDataset shards."""
+    """Build, index, choose from, show and verify datasets of WebDataset shards."""
 
 
-for command in (build, index, show, verify):
+for command in (build, index, view, show, verify):
     shards.add_command(command)

@@ -84,6 +84,6 @@ def assert_right(dataset: Dataset, samples: Samples) -> None:
     assert samples.changed == []
     located = dataset.locate(samples.ids)
     for i, data in enumerate(samples.encoded):
-        shard = Path(dataset.store.root, dataset.shard_name(int(located.shard[i])))
+        shard = Path(dataset.shard_store.root, dataset.shard_name(int(located.shard[i])))
         with shard.open("rb") as file:
             assert bytes(data) == os.pread(file.fileno(), int(located.size[i]), int(located.offset[i]))

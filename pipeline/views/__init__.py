@@ -1,0 +1,1 @@
+"""Datasets made of other datasets, without writing images again: views, mixes, and extensions."""
