@@ -118,14 +118,16 @@ def list_checkpoints(store: Store, rule: RetentionRule) -> list[Checkpoint]:
 
 def print_table(store: Store, found: list[Checkpoint], rule: RetentionRule) -> None:
     from trainer.config.schema import PretrainConfig
+    from trainer.labels.measures import MEASURES
     from trainer.run.run import read_config, read_started_record
 
     if not found:
         console.print(f"{store.url} has no checkpoints yet")
         return
-    losses, accuracies = read_measures(store, {one.step for one in found})
+    losses, name, scores = read_measures(store, {one.step for one in found})
     per_epoch = read_started_record(store).steps_per_epoch
-    measure = "kNN top-1" if isinstance(read_config(store), PretrainConfig) else "top-1"
+    label = MEASURES[name].label
+    measure = f"kNN {label}" if isinstance(read_config(store), PretrainConfig) else label
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for title in ("step", "epoch", "size", "written (UTC)", "loss", measure):
         table.add_column(title, justify="right", no_wrap=True)
@@ -138,7 +140,7 @@ def print_table(store: Store, found: list[Checkpoint], rule: RetentionRule) -> N
             format_size(one.bytes),
             "–" if (at := written_at(store, one)) is None else moment(at)[:-3],
             number(losses.get(one.step), 4),
-            number(accuracies.get(one.step), 2),
+            f"{scores[one.step]:{MEASURES[name].format}}" if one.step in scores else "–",
             one.state,
             one.kept or "–",
         )
@@ -146,20 +148,27 @@ def print_table(store: Store, found: list[Checkpoint], rule: RetentionRule) -> N
     console.print(f"{format_size(sum(one.bytes for one in found))} in total; the rule keeps {rule}")
 
 
-def read_measures(store: Store, steps: set[int]) -> tuple[dict[int, float], dict[int, float]]:
-    """Return the losses and the top-1 accuracies (percent) of the checkpoints at these steps, where known."""
+def read_measures(store: Store, steps: set[int]) -> tuple[dict[int, float], str, dict[int, float]]:
+    """Return the losses of the checkpoints at these steps, where known; and of what was evaluated, the name and the values.
+
+    The name is one of trainer.labels.measures.MAIN: top1 if nothing was evaluated.
+    """
+    from trainer.labels.measures import MAIN
     from trainer.run.metrics import history
 
-    losses, accuracies = {}, {}
+    losses: dict[int, float] = {}
+    measured = MAIN[0]
+    scores: dict[int, float] = {}
     for row in history(store):  # in order: the row of a repeated step replaces that of the first time
         after = row["step"] + 1  # rows count steps from 0; a checkpoint's step is how many are done
         if after in steps:
             losses[after] = row["loss"]
-        if "val_top1" in row:
-            accuracies[after] = row["val_top1"]
-        if "knn_top1" in row:
-            accuracies[row["knn_step"]] = row["knn_top1"]
-    return losses, accuracies
+        for name in MAIN:
+            if f"val_{name}" in row:
+                measured, scores[after] = name, row[f"val_{name}"]
+            if f"knn_{name}" in row:
+                measured, scores[row["knn_step"]] = name, row[f"knn_{name}"]
+    return losses, measured, scores
 
 
 def written_at(store: Store, one: Checkpoint) -> float | None:

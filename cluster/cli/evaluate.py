@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
@@ -11,11 +11,14 @@ import numpy as np
 from cluster.cli.options import image_size_option, step_option
 from cluster.terminal.console import console, progress_counter
 from pipeline.dataset.dataset import Dataset, open_dataset
-from pipeline.dataset.manifest import NO_LABEL
 from pipeline.errors import UserError
 from pipeline.storage.store import Store, open_store
 from pipeline.text import plural
 from trainer.evaluate.inference_shard import FEATURES, InferenceShard
+from trainer.labels.measures import describe
+
+if TYPE_CHECKING:
+    from trainer.labels.labels import Labels
 
 TASK_SAMPLES = 4096  # at most, per Ray task
 TASK_FEATURE_BYTES = 2**28  # at most, per Ray task
@@ -72,21 +75,36 @@ def _label(job: InferenceShard) -> str:
     return f"step {job.step}" if job.step else job.run
 
 
-def _check_classes(job: InferenceShard, dataset: Dataset) -> None:
-    """Raise UserError unless the dataset has the classes that the model was trained on, in the same order."""
+def _check_labels(job: InferenceShard, dataset: Dataset) -> "Labels":
+    """Return what the model was trained on.
+
+    Raises UserError unless the dataset has the same kind of labels, and the same classes in the same order.
+    """
     from trainer.config.model_schema import ClassifierConfig
-    from trainer.run.run import check_trained_classes
+    from trainer.labels.labels import KIND_NAMES, Labels, check_evaluable
+    from trainer.run.run import check_trained_labels
     from trainer.weights.pretrained import read_model_info
 
-    info = read_model_info(job.run, job.step)
+    info, kind = read_model_info(job.run, job.step), dataset.manifest.labels
+    # Foreign weights do not tell whether their logits are of one class or of several.
+    several = info.run is None and kind == "classes"
+    default = Labels(kind="classes" if several else "class", outputs=len(dataset.manifest.classes))
+    labels = info.labels or default
     if info.run:
-        check_trained_classes(open_store(job.run), dataset)
+        check_trained_labels(open_store(job.run), dataset)
     elif not isinstance(info.model, ClassifierConfig):
         raise UserError(
             f"{job.run} is an encoder without class names: fine-tune or probe it first, or use `maestream knn`"
         )
+    elif kind != labels.kind:
+        raise UserError(
+            f"{dataset.store.url} has another kind of labels ({KIND_NAMES[kind]}) than {job.run} predicts "
+            f"({KIND_NAMES[labels.kind]})"
+        )
     elif info.classes not in (dataset.manifest.classes, len(dataset.manifest.classes)):
         raise UserError(f"{dataset.store.url} and {job.run} do not have the same classes in the same order")
+    check_evaluable(dataset, labels)
+    return labels
 
 
 def _split(dataset: Dataset, template: InferenceShard, samples: int) -> Iterator[InferenceShard]:
@@ -106,18 +124,41 @@ def _split(dataset: Dataset, template: InferenceShard, samples: int) -> Iterator
 @batch_option
 @tasks_option
 def evaluate(run: str, data: str, step: int | None, tasks: int | None, **options: Any) -> None:
-    """Measure the top-1 and top-5 accuracy of a classifier.
+    """Measure a model on a dataset with labels.
 
-    RUN is a run of finetune or linprobe, or an imported classifier. Each image of the dataset counts exactly once; images that
-    cannot be read count as wrong. The result is also written to RUN/evaluations/.
+    RUN is a run of finetune or linprobe, or an imported classifier. Each image of the dataset counts exactly once. The result
+    is also written to RUN/evaluations/.
+
+    \b
+    labels            what is measured
+    one class         top-1 and top-5 accuracy; images that cannot be read count as wrong
+    several classes   mAP: the mean of the average precision over all classes that an image has
+    numbers           R², and the mean absolute error in the units of the labels; of several
+                      numbers per image, the mean of theirs
+
+    mAP, R² and the error leave out images that cannot be read, and say how many these are.
     """
+    job, dataset = _make_template(run, step, **options), open_dataset(data)
+    store = open_store(run)
+    labels = _check_labels(job, dataset)
+    measure = _measure_classes if labels.kind == "class" else _measure_predictions
+    result: dict[str, Any] = measure(job, dataset, labels, tasks)
+    name = f"evaluations/step-{job.step or 0:08d}-{dataset.fingerprint[:12]}-crop-{job.crop:g}.json"
+    result |= {"step": job.step, "data": dataset.store.url, "crop": job.crop}
+    store.write(name, (json.dumps(result, indent=1) + "\n").encode())
+    console.print(
+        f"{_label(job)}: {describe(result, 'val')}, {plural(dataset.samples, 'image')}, {result['val_bad']:.0f} of them bad"
+    )
+
+
+def _measure_classes(
+    job: InferenceShard, dataset: Dataset, labels: "Labels", tasks: int | None
+) -> dict[str, float]:
+    """Measure a classifier of one class per image."""
     from cluster.runtime.task_pool import task_pool
     from trainer.evaluate.accuracy import SUM_COLUMNS, metrics_from_sums
     from trainer.evaluate.features import evaluate_shard
 
-    job, dataset = _make_template(run, step, **options), open_dataset(data)
-    store = open_store(run)
-    _check_classes(job, dataset)
     sums = np.zeros(len(SUM_COLUMNS))
     with (
         task_pool(tasks, runs_model=True) as run_tasks,
@@ -126,14 +167,27 @@ def evaluate(run: str, data: str, step: int | None, tasks: int | None, **options
         for shard_sums in run_tasks(evaluate_shard, _split(dataset, job, TASK_SAMPLES)):
             sums += shard_sums
             advance(int(shard_sums[0]))  # samples
-    result: dict[str, Any] = metrics_from_sums(sums.tolist(), dataset)
-    name = f"evaluations/step-{job.step or 0:08d}-{dataset.fingerprint[:12]}-crop-{job.crop:g}.json"
-    result |= {"step": job.step, "data": dataset.store.url, "crop": job.crop}
-    store.write(name, (json.dumps(result, indent=1) + "\n").encode())
-    console.print(
-        f"{_label(job)}: top-1 {result['val_top1']:.2f} %, top-5 {result['val_top5']:.2f} %, loss "
-        f"{result['val_loss']:.4f}, {plural(dataset.samples, 'image')}, {result['val_bad']:.0f} of them bad"
-    )
+    return metrics_from_sums(sums.tolist(), dataset)
+
+
+def _measure_predictions(
+    job: InferenceShard, dataset: Dataset, labels: "Labels", tasks: int | None
+) -> dict[str, float]:
+    """Measure a model for several classes or numbers. All predictions are kept in memory: 8 bytes per image and class."""
+    from cluster.runtime.task_pool import task_pool
+    from trainer.evaluate.features import predict_shard
+    from trainer.evaluate.predictions import join, score
+    from trainer.run.worker import Worker
+
+    parts = {}
+    with (
+        task_pool(tasks, runs_model=True) as run_tasks,
+        progress_counter("images", dataset.samples) as advance,
+    ):
+        for shard, predictions in run_tasks(predict_shard, _split(dataset, job, TASK_SAMPLES)):
+            parts[shard.first] = predictions
+            advance(shard.last - shard.first)
+    return score(join([parts[first] for first in sorted(parts)]), labels, dataset, Worker())
 
 
 @click.command()
@@ -216,7 +270,12 @@ def _write_description(store: Store, template: InferenceShard, dataset: Dataset,
 @click.command()
 @click.argument("run")
 @click.option("--data", required=True, metavar="DATASET", help="Reference dataset: its labels are used.")
-@click.option("--val", required=True, metavar="DATASET", help="Dataset to classify, with the same classes.")
+@click.option(
+    "--val",
+    required=True,
+    metavar="DATASET",
+    help="Dataset to predict labels of, with the same kind of labels and classes.",
+)
 @click.option(
     "--neighbours",
     type=click.IntRange(min=1),
@@ -239,19 +298,20 @@ def _write_description(store: Store, template: InferenceShard, dataset: Dataset,
 def knn(
     run: str, data: str, val: str, neighbours: int, step: int | None, tasks: int | None, **options: Any
 ) -> None:
-    """Evaluate an encoder by k-nearest-neighbour classification.
+    """Evaluate an encoder by its k nearest neighbours.
 
     Nothing is trained. Each image of --val gets the class that its nearest neighbours in --data vote for, weighted by the
-    cosine similarity of their features. All features are kept in memory: about 4 GB for ImageNet and a ViT-B.
+    cosine similarity of their features. For labels of several classes, a class's score is its share of the votes (measured by
+    mAP); for numbers, the prediction is the weighted mean (R² and mean absolute error). All features are kept in memory: about
+    4 GB for ImageNet and a ViT-B.
     """
     from cluster.runtime.task_pool import task_pool
-    from trainer.evaluate.accuracy import check_classes
     from trainer.evaluate.features import extract_features
-    from trainer.evaluate.knn import knn_votes
+    from trainer.labels.labels import check_datasets
 
     template = _make_template(run, step, **options)
     bank, queries = open_dataset(data), open_dataset(val)
-    classes = check_classes(bank, queries)
+    check_datasets(bank, queries)
     features_and_labels = []
     with task_pool(tasks, runs_model=True) as run_tasks:
         for name, dataset in (("reference images", bank), ("query images", queries)):
@@ -262,23 +322,48 @@ def knn(
                     advance(job.last - job.first)
             features_and_labels.append(_as_tensors([tables[first] for first in sorted(tables)], dataset))
     (reference, reference_labels), (query, query_labels) = features_and_labels
-    votes = knn_votes(query, reference, reference_labels, classes, neighbours)
-    best = votes.topk(min(5, classes), dim=1).indices
-    correct = best == query_labels[:, None]
-    # Images that cannot be read have no features, and count as wrong.
-    top1, top5 = (100 * hits.sum().item() / queries.samples for hits in (correct[:, 0], correct.any(dim=1)))
+    result = _measure_neighbours(query, query_labels, reference, reference_labels, neighbours, queries)
+    # Images that cannot be read have no features. They count as wrong classes; other measures leave them out.
+    bad = queries.samples - len(query)
+    left_out = f", {plural(bad, 'bad image')} left out" if bad and queries.manifest.labels != "class" else ""
     console.print(
-        f"{_label(template)}: top-1 {top1:.2f} %, top-5 {top5:.2f} % with {plural(neighbours, 'nearest neighbour')}, "
-        f"{plural(queries.samples, 'image')} against {len(reference):,}"
+        f"{_label(template)}: {describe(result, 'knn')} with {plural(neighbours, 'nearest neighbour')}, "
+        f"{plural(queries.samples, 'image')} against {len(reference):,}{left_out}"
     )
 
 
+def _measure_neighbours(
+    query: Any, query_labels: Any, reference: Any, reference_labels: Any, neighbours: int, queries: Dataset
+) -> dict[str, float]:
+    """Predict the labels of the readable query images by nearest neighbours, and measure the predictions."""
+    from trainer.evaluate.knn import knn_means, knn_votes
+    from trainer.labels.scores import mean_average_precision, r2_and_mae
+
+    kind, classes = queries.manifest.labels, len(queries.manifest.classes)
+    if kind == "class":
+        votes = knn_votes(query, reference, reference_labels, classes, neighbours)
+        best = votes.topk(min(5, classes), dim=1).indices
+        correct = best == query_labels[:, None]
+        hits = {"knn_top1": correct[:, 0], "knn_top5": correct.any(dim=1)}
+        return {name: 100 * hit.sum().item() / queries.samples for name, hit in hits.items()}
+    predicted = knn_means(query, reference, reference_labels, neighbours).numpy()
+    actual = query_labels.double().numpy()
+    if kind == "classes":
+        return {"knn_map": mean_average_precision(predicted, actual)}
+    return dict(zip(("knn_r2", "knn_mae"), r2_and_mae(predicted, actual), strict=True))
+
+
 def _as_tensors(tables: list[Any], dataset: Dataset) -> tuple[Any, Any]:
-    """Return features, float32[n, width], and labels, int64[n]. Raise UserError if a sample has no label."""
+    """Return features, float32[n, width], and labels as in a batch. Raise UserError if a sample has no label."""
+    import pyarrow as pa
     import torch
 
-    labels = np.concatenate([table["label"].to_numpy() for table in tables]).astype(np.int64)
-    if (labels == NO_LABEL).any():
+    from trainer.evaluate.accuracy import has_unlabelled
+    from trainer.evaluate.features import labels_from_column
+
+    column = pa.chunked_array([chunk for table in tables for chunk in table["label"].chunks])
+    labels = labels_from_column(column, dataset.manifest.labels, len(dataset.manifest.classes))
+    if has_unlabelled(labels):
         raise UserError(f"{dataset.store.url} has samples without a label, which knn needs")
     columns = [table["feature"].combine_chunks() for table in tables]
     vectors = [column.flatten().to_numpy().reshape(len(column), -1) for column in columns]

@@ -10,7 +10,7 @@ from cluster.terminal.console import console
 val_option = click.option(
     "--val",
     metavar="DATASET",
-    help="Dataset to evaluate on, with the same classes.  [default: data.val of the recipe]",
+    help="Dataset to evaluate on, with the same kind of labels and classes.  [default: data.val of the recipe]",
 )
 
 
@@ -59,10 +59,11 @@ def pretrain(init: str | None, **options: Any) -> None:
 @_init_option("fine-tuned")
 @val_option
 def finetune(init: str | None, val: str | None, **options: Any) -> None:
-    """Fine-tune an encoder as a classifier.
+    """Fine-tune an encoder to predict labels.
 
-    Trains all blocks and a linear head, or only the last N blocks with blocks=N. With --init scratch, it trains a classifier
-    from random weights.
+    Trains all blocks and a linear head, or only the last N blocks with blocks=N. With --init scratch, it trains from random
+    weights. The loss is cross-entropy for labels of one class, binary cross-entropy for several classes, and the squared error
+    for numbers.
     """
     _train("finetune", **options, init=init, val=val)
 
@@ -72,5 +73,5 @@ def finetune(init: str | None, val: str | None, **options: Any) -> None:
 @_init_option("probed")
 @val_option
 def linprobe(init: str | None, val: str | None, **options: Any) -> None:
-    """Train a linear classifier on a frozen encoder."""
+    """Train a linear layer that predicts labels on a frozen encoder."""
     _train("linprobe", **options, init=init, val=val)

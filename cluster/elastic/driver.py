@@ -40,13 +40,14 @@ from pipeline.errors import UserError
 from pipeline.storage.store import open_store
 from pipeline.text import plural
 from trainer.config.recipe import CONFIG_TYPES
-from trainer.config.schema import LabelledRunConfig, PretrainConfig, RunConfig, WorkersConfig
-from trainer.evaluate.accuracy import check_classes
+from trainer.config.schema import FinetuneConfig, LabelledRunConfig, PretrainConfig, RunConfig, WorkersConfig
+from trainer.labels.labels import check_datasets, labels_of_run
 from trainer.run.checkpoint import newest_checkpoint
 from trainer.run.events import Events
 from trainer.run.lease import Lease
 from trainer.run.run import Run, create_run, make_order, open_run, pop_failure, write_failure
 from trainer.run.worker import Callbacks, Worker
+from trainer.train.finetune import check_mixing
 from trainer.train.registry import TRAIN_FUNCTIONS
 from trainer.weights.init import resolve_init
 
@@ -113,9 +114,12 @@ def _open(out: str, config: RunConfig, dataset: Dataset) -> tuple[RunConfig, Run
     """Open or prepare the run at `out`, check its datasets, and resolve `init` on the first attempt."""
     config, run = open_run(out, config, dataset)
     if isinstance(config, LabelledRunConfig):
-        check_classes(dataset, open_dataset(config.data.val) if config.data.val else None)
+        labels = None if run.attempt == 1 else labels_of_run(run.store, dataset)
+        labels = check_datasets(dataset, open_dataset(config.data.val) if config.data.val else None, labels)
+        if isinstance(config, FinetuneConfig):
+            check_mixing(config, labels)
     if isinstance(config, PretrainConfig) and config.knn:
-        check_classes(dataset, open_dataset(config.knn.val))
+        check_datasets(dataset, open_dataset(config.knn.val))
     return (resolve_init(config) if run.attempt == 1 else config), run
 
 

@@ -11,8 +11,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
 from pipeline.arrays import Floats
+from trainer.labels.measures import MEASURES
 from trainer.run.step_timer import PARTS
-from trainer.run.summary import Curve, RunSummary, curve, evaluation_curves, world_over_time
+from trainer.run.summary import (
+    Curve,
+    RunSummary,
+    curve,
+    evaluation_curves,
+    main_measure,
+    world_over_time,
+)
 
 # Figures are drawn in placeholder colours. In the SVG each becomes a CSS variable of the page, which differs in light and
 # dark mode.
@@ -66,7 +74,7 @@ def draw_figures(summary: RunSummary) -> dict[str, Markup]:
             drawn["world"] = _svg(figure, "workers over steps")
         scores = evaluation_curves(summary)
         if any(len(columns["step"]) for columns in scores.values()):
-            drawn["scores"] = _svg(_draw_scores(summary, scores), "top-1 accuracy over steps")
+            drawn["scores"] = _svg(_draw_scores(summary, scores), "results of evaluations over steps")
     return drawn
 
 
@@ -147,12 +155,14 @@ def _draw_workers(summary: RunSummary, changes: list[tuple[float, int]]) -> Figu
 
 
 def _draw_scores(summary: RunSummary, scores: dict[str, dict[str, Floats]]) -> Figure:
-    """Draw the top-1 accuracy that was measured during training."""
+    """Draw what was measured during training: top-1 accuracy, mAP or R²."""
     figure, axis = _new_figure_over_steps(summary)
-    for name, colour, label in (("val", "line", "top-1"), ("knn", "all_reduce", "k-NN top-1")):
-        if len(scores[name]["step"]):
-            _draw_curve(axis, curve(scores[name]["step"], scores[name]["top1"]), COLOURS[colour], label)
-    axis.set_ylabel("%")
+    for prefix, colour, source in (("val", "line", ""), ("knn", "all_reduce", "k-NN ")):
+        columns = scores[prefix]
+        if name := main_measure(columns):
+            measure = MEASURES[name]
+            _draw_curve(axis, curve(columns["step"], columns[name]), COLOURS[colour], source + measure.label)
+            axis.set_ylabel(measure.unit.strip() or measure.label)
     figure.legend(loc="outside upper center", ncols=2, fontsize=8)
     return figure
 

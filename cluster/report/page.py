@@ -31,8 +31,9 @@ def render_page(summary: "RunSummary") -> str:
     import jinja2
 
     from cluster.report.figures import draw_figures
+    from trainer.labels.measures import MEASURES, found_measures
     from trainer.run.step_timer import PARTS
-    from trainer.run.summary import evaluation_curves, time_spent
+    from trainer.run.summary import evaluation_curves, main_measure, time_spent
 
     environment = jinja2.Environment(
         autoescape=True,
@@ -41,8 +42,11 @@ def render_page(summary: "RunSummary") -> str:
         lstrip_blocks=True,
         finalize=lambda value: without_secrets(value) if type(value) is str else value,
     )
-    environment.filters |= {"duration": duration, "moment": moment, "number": number}
-    scores = {name: _rows(columns) for name, columns in evaluation_curves(summary).items()}
+    environment.filters |= {"duration": duration, "moment": moment, "number": number, "measure": measure}
+    curves = evaluation_curves(summary)
+    scores = {name: _rows(columns) for name, columns in curves.items()}
+    main = main_measure(curves["val"]) or main_measure(curves["knn"])
+    evaluated = {name for result in summary.evaluations for name in result}
     spent = {part: seconds for part, seconds in time_spent(summary).items() if seconds > 0 or part in PARTS}
     return environment.from_string(TEMPLATE.read_text()).render(
         run=summary,
@@ -57,6 +61,10 @@ def render_page(summary: "RunSummary") -> str:
         scores={name: rows[-MAX_ROWS:] for name, rows in scores.items()},
         all_scores=scores,
         evaluations=summary.evaluations[-MAX_ROWS:],
+        measures=MEASURES,
+        scores_title=f"{MEASURES[main].title} during training" if main else "",
+        measured={name: [one for one in columns if one in MEASURES] for name, columns in curves.items()},
+        evaluated=found_measures(evaluated, "val"),
         versions=_versions(summary),
     )
 
@@ -81,6 +89,14 @@ def number(value: object, digits: int = 0) -> str:
     """Return a number with thousands separators, or a dash for None, NaN and anything else."""
     valid = isinstance(value, int | float) and math.isfinite(value)
     return f"{value:,.{digits}f}" if valid else "–"
+
+
+def measure(value: object, name: str) -> str:
+    """Return the value of one of `trainer.labels.measures.MEASURES` without its unit, or a dash as `number`."""
+    from trainer.labels.measures import MEASURES
+
+    valid = isinstance(value, int | float) and math.isfinite(value)
+    return f"{value:{MEASURES[name].format}}" if valid else "–"
 
 
 def event_text(event: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from pipeline.text import plural
+from trainer.labels.measures import describe
 
 
 def progress_line(row: dict[str, Any]) -> str:
@@ -49,10 +50,7 @@ def event_line(event: dict[str, Any]) -> str:
 
 
 def _evaluation_line(event: dict[str, Any]) -> str:
-    if "knn_top1" in event:
-        return f"step {event['knn_step']}: k-NN top-1 {event['knn_top1']:.2f} %"
-    text = (
-        f"step {event['step']}: top-1 {event['val_top1']:.2f} %, top-5 {event['val_top5']:.2f} %, "
-        f"loss {event['val_loss']:.4f}"
-    )
+    if "knn_step" in event:
+        return f"step {event['knn_step']}: k-NN {describe(event, 'knn')}"
+    text = f"step {event['step']}: {describe(event, 'val')}"
     return text + (f", {plural(int(event['val_bad']), 'bad sample')}" if event["val_bad"] else "")

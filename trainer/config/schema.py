@@ -74,7 +74,7 @@ class LabelledDataConfig(DataConfig):
     crop_area: tuple[Area, Area] = (0.08, 1.0)
     """Smallest and largest area of a random crop, as a share of the image (torchvision's default)."""
     val: Location | None = None
-    """Validation dataset, with the same classes as the training dataset; null: no evaluation."""
+    """Validation dataset, with the same kind of labels and classes as the training dataset; null: no evaluation."""
     val_crop: Area = 224 / 256
     """Side of the centre crop for evaluation, divided by the image's shorter side."""
 
@@ -170,7 +170,7 @@ class KnnConfig(StrictConfig):
     """Evaluation of the encoder by k nearest neighbours during pre-training, in the background on rank 0."""
 
     val: Location
-    """Validation dataset, with the same classes as the training dataset."""
+    """Validation dataset, with the same kind of labels and classes as the training dataset."""
     every: Positive = 10.0
     """Epochs between two evaluations."""
     known: Count = 20_000

@@ -107,20 +107,13 @@ def sum_metrics(
 
 
 def check_labels(labels: torch.Tensor) -> None:
-    """Raise UserError if a sample has no label. int[n] on the CPU: reading from a device would wait for it."""
-    if (labels == NO_LABEL).any():
+    """Raise UserError if a sample has no label. Labels of a batch, on the CPU: reading from a device would wait for it."""
+    if has_unlabelled(labels):
         raise UserError(
             "the dataset has samples without a label: remove them, and build or index the dataset again"
         )
 
 
-def check_classes(dataset: Dataset, val: Dataset | None) -> int:
-    """Return the number of classes. Raise UserError if `dataset` has no labels, or if `val` has different classes."""
-    classes = dataset.manifest.classes
-    if not classes:
-        raise UserError(f"{dataset.store.url} has no labels: build it from class folders")
-    if val is not None and val.manifest.classes != classes:
-        raise UserError(
-            f"{val.store.url} and {dataset.store.url} have different classes ({len(val.manifest.classes):,} and {len(classes):,})"
-        )
-    return len(classes)
+def has_unlabelled(labels: torch.Tensor) -> bool:
+    """Whether a sample has no label, or one that is not finite. Labels of a batch, on the CPU."""
+    return bool((~labels.isfinite() if labels.is_floating_point() else labels == NO_LABEL).any())

@@ -1,4 +1,4 @@
-"""Apply a saved model to one part of a dataset: logits and their accuracy, or features. Ray tasks call these functions."""
+"""Apply a saved model to one part of a dataset: predictions and their accuracy, or features. Ray tasks call these functions."""
 
 import functools
 from collections.abc import Callable
@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline.dataset.dataset import open_dataset
+from pipeline.dataset.manifest import LabelKind
 from pipeline.decode.decoder import Decoder, Size
 from pipeline.decode.factory import make_decoder
 from pipeline.storage.faults import as_user_error
@@ -20,6 +21,7 @@ from trainer.config.model_schema import ClassifierConfig
 from trainer.config.schema import LinprobeConfig
 from trainer.evaluate.accuracy import centred_batches, sum_metrics
 from trainer.evaluate.inference_shard import FEATURES, InferenceShard, Pool
+from trainer.evaluate.predictions import Predictions, predict
 from trainer.models.classifier import Classifier
 from trainer.weights.api import load_probe
 from trainer.weights.pretrained import (
@@ -41,8 +43,8 @@ class LoadedModel(NamedTuple):
 
 
 @functools.lru_cache(maxsize=2)  # a Ray task's process gets many parts of the same dataset
-def _load_logits(run: str, step: int | None) -> LoadedModel:
-    """Load a classifier or a linear probe; its forward function returns logits [n, classes]."""
+def _load_with_head(run: str, step: int | None) -> LoadedModel:
+    """Load a fine-tuned model or a linear probe; its forward function returns logits, or numbers in original units, [n, k]."""
     info = read_model_info(run, step, already_reached=True)
     if isinstance(info.run, LinprobeConfig):
         return _on_device(load_probe(info).to(best_device()), info)
@@ -84,18 +86,26 @@ def _on_device(forward: Callable[[torch.Tensor], torch.Tensor], info: ModelInfo)
 
 def evaluate_shard(shard: InferenceShard) -> list[float]:
     """Sum the metrics over the samples of a shard, in the order of `trainer.evaluate.accuracy.SUM_COLUMNS`."""
-    forward, decoder, device = _load_logits(shard.run, shard.step)
+    forward, decoder, device = _load_with_head(shard.run, shard.step)
     dataset = open_dataset(shard.data, already_reached=True)
     ids = np.arange(shard.first, shard.last)
     return sum_metrics(forward, dataset, decoder, shard.crop, shard.batch, ids, device).tolist()
+
+
+def predict_shard(shard: InferenceShard) -> tuple[InferenceShard, Predictions]:
+    """Predict the samples of a shard with a model for several classes or numbers."""
+    forward, decoder, device = _load_with_head(shard.run, shard.step)
+    dataset = open_dataset(shard.data, already_reached=True)
+    ids = np.arange(shard.first, shard.last)
+    return shard, predict(forward, dataset, decoder, shard.crop, shard.batch, ids, device)
 
 
 @torch.no_grad()
 def extract_features(shard: InferenceShard) -> tuple[InferenceShard, pa.Table]:
     """Compute the features of a shard's samples.
 
-    Returns the shard, and a table with a row for each sample that can be read: sample (id), key, label, and feature, float32,
-    flattened. The feature's shape is in the schema's metadata: [width], or [rows, columns, width] for all patches.
+    Returns the shard, and a table with a row for each sample that can be read: sample (id), key, label (see `label_column`),
+    and feature, float32, flattened. The feature's shape is in the schema's metadata: [width], or [rows, columns, width] for all patches.
     """
     forward, decoder, device = _load_features(shard.run, shard.step, shard.pool, shard.size)
     dataset = open_dataset(shard.data, already_reached=True)
@@ -112,12 +122,44 @@ def extract_features(shard: InferenceShard) -> tuple[InferenceShard, pa.Table]:
                 {
                     "sample": good_ids,
                     "key": dataset.keys(good_ids),
-                    "label": batch.labels[good].numpy(),
+                    "label": label_column(batch.labels[good], dataset.manifest.labels),
                     "feature": pa.FixedSizeListArray.from_arrays(flat, features.shape[1]),
                 }
             )
         )
     return shard, pa.concat_tables(tables).replace_schema_metadata({"shape": str(list(shape))})
+
+
+def label_column(labels: torch.Tensor, kind: LabelKind) -> pa.Array:
+    """Return labels of a batch as a column: int64, NO_LABEL for none; or lists, null for none.
+
+    Lists have the numbers of several classes, int32, or numbers, float32.
+    """
+    if kind == "class":
+        return pa.array(labels.numpy())
+    known = ~labels.isnan().any(dim=1)
+    rows = (labels > 0) if kind == "classes" else labels
+    lists = [
+        None if not has else row.nonzero()[:, 0].tolist() if kind == "classes" else row.tolist()
+        for row, has in zip(rows, known.tolist(), strict=True)
+    ]
+    return pa.array(lists, pa.list_(pa.int32() if kind == "classes" else pa.float32()))
+
+
+def labels_from_column(column: pa.ChunkedArray, kind: LabelKind, classes: int) -> torch.Tensor:
+    """Return the labels of `label_column` as in a batch. `classes` is the number of classes, or of numbers per label."""
+    if kind == "class":
+        return torch.from_numpy(column.to_numpy().astype(np.int64))
+    lists = column.to_pylist()
+    labels = torch.zeros(len(lists), classes)
+    for target, row in zip(labels, lists, strict=True):
+        if row is None:
+            target.fill_(float("nan"))
+        elif kind == "classes":
+            target[row] = 1
+        else:
+            target.copy_(torch.tensor(row))
+    return labels
 
 
 def write_features(shard: InferenceShard) -> tuple[InferenceShard, int]:

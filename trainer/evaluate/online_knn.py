@@ -8,18 +8,22 @@ from torch import nn
 from pipeline.arrays import Ints
 from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.decode.decoder import Decoder
+from pipeline.errors import UserError
 from pipeline.loading.loader import centred_batch
+from pipeline.text import plural
 from trainer.config.device import autocast
 from trainer.config.schema import PretrainConfig
-from trainer.evaluate.accuracy import check_classes, check_labels
-from trainer.evaluate.knn import knn_votes
+from trainer.evaluate.accuracy import check_labels
+from trainer.evaluate.knn import knn_means, knn_votes
 from trainer.evaluate.reconstruct import evenly_spaced_ids
+from trainer.labels.labels import check_datasets
+from trainer.labels.scores import mean_average_precision, r2_and_mae
 from trainer.models.classifier import Encoder
 from trainer.weights.init import ENCODER_PREFIXES
 
 
 class OnlineKnn:
-    """Classify query images of the validation dataset by their nearest reference images of the training dataset.
+    """Predict labels of the validation dataset's query images by their nearest reference images of the training dataset.
 
     Features are the class tokens. Both sets are spread evenly over their datasets. For rank 0: `start` copies the encoder
     and starts a thread, `poll` returns its result, `close` stops it.
@@ -28,11 +32,11 @@ class OnlineKnn:
     def __init__(
         self, config: PretrainConfig, dataset: Dataset, decoder: Decoder, device: torch.device
     ) -> None:
-        """Raises UserError if a dataset has no labels, or if the two have different classes."""
+        """Raises UserError if a dataset has no labels, or if the two have different kinds of labels or classes."""
         assert config.knn is not None
         self.config = config
         self.queries = open_dataset(config.knn.val, already_reached=True)
-        self.classes = check_classes(dataset, self.queries)
+        check_datasets(dataset, self.queries)
         # Opened again, because the thread needs an index cache of its own.
         self.reference = open_dataset(dataset.store.url, already_reached=True)
         self.query_ids = evenly_spaced_ids(self.queries, config.knn.asked)
@@ -58,7 +62,10 @@ class OnlineKnn:
         self.thread.start()
 
     def poll(self, wait: bool = False) -> dict[str, float]:
-        """Return the result of an evaluation that has ended, once: `knn_top1` in percent, and its step, `knn_step`.
+        """Return the result of an evaluation that has ended, once: its step, `knn_step`, and what was measured.
+
+        That is `knn_top1` in percent for one class per image; `knn_map` in percent for several; `knn_r2` and `knn_mae` for
+        numbers. Query images that cannot be read count as wrong classes; the other measures leave them out.
 
         Returns an empty dict if there is none. Raises the error of an evaluation that failed.
 
@@ -86,15 +93,35 @@ class OnlineKnn:
                 bank, labels = self._features(self.reference, self.reference_ids)
                 queries, query_labels = self._features(self.queries, self.query_ids)
                 if not self.closing.is_set():
-                    votes = knn_votes(queries, bank, labels, self.classes)
-                    hits = (votes.argmax(dim=1) == query_labels).sum().item()
-                    # Unreadable query images are among the ids but not among the hits: they count as wrong.
-                    self.result = {"knn_top1": 100 * hits / len(self.query_ids), "knn_step": step}
+                    measured = self._measure(queries, query_labels, bank, labels)
+                    self.result = {**measured, "knn_step": step}
         except Exception as error:
             self.error = error
 
+    def _measure(
+        self, queries: torch.Tensor, query_labels: torch.Tensor, bank: torch.Tensor, labels: torch.Tensor
+    ) -> dict[str, float]:
+        manifest = self.queries.manifest
+        if manifest.labels == "class":
+            votes = knn_votes(queries, bank, labels, len(manifest.classes))
+            hits = (votes.argmax(dim=1) == query_labels).sum().item()
+            # Unreadable query images are among the ids but not among the hits: they count as wrong.
+            return {"knn_top1": 100 * hits / len(self.query_ids)}
+        predicted, actual = (
+            knn_means(queries, bank, labels).cpu().numpy(),
+            query_labels.double().cpu().numpy(),
+        )
+        if manifest.labels == "numbers":
+            return dict(zip(("knn_r2", "knn_mae"), r2_and_mae(predicted, actual), strict=True))
+        if not actual.any():
+            raise UserError(
+                f"{self.queries.store.url}: none of {plural(len(actual), 'query image')} has any class, so mAP is not defined: "
+                "raise knn.asked"
+            )
+        return {"knn_map": mean_average_precision(predicted, actual)}
+
     def _features(self, dataset: Dataset, ids: Ints) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return features float32[n, width] and labels int64[n] of the samples that can be read."""
+        """Return features float32[n, width] and labels (see `Batch`) of the samples that can be read."""
         features, labels = [], []
         for i in range(0, len(ids), self.config.micro_batch_size):
             if self.closing.is_set():

@@ -13,13 +13,15 @@ from typing import Any
 from tensorboardX import SummaryWriter
 
 from pipeline.storage.store import Store
+from trainer.labels.measures import MEASURES
 from trainer.run.json_lines import append_lines, newest_lines, read_lines, repair_lines
 from trainer.run.run import Run, in_history, read_starts
 
 METRICS = "metrics.jsonl"
 SCALARS = {
     *("loss", "lr", "img_per_s", "data_wait_s", "step_s", "bad_samples"),
-    *("val_top1", "val_top5", "val_loss", "knn_top1", "cache_hit_rate"),
+    *(f"{prefix}_{name}" for prefix in ("val", "knn") for name in MEASURES),
+    "cache_hit_rate",
 }
 
 

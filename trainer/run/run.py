@@ -6,6 +6,7 @@ RUN/failed.json          why the newest attempt stopped, if the user has to fix 
 RUN/lease.json           the process that owns the run, see trainer.run.lease
 RUN/events.jsonl         starts and failures of workers, see trainer.run.events
 RUN/classes.json         names of the classes, in the order of the logits; not in pre-training
+RUN/labels.json          what labels are, if not one class per image, see trainer.labels.labels
 RUN/bad-samples.json     see trainer.run.bad_samples
 RUN/metrics.jsonl        a row for each step (on object stores: RUN/metrics/), see trainer.run.metrics
 RUN/checkpoints/step-…/  see trainer.run.checkpoint
@@ -33,6 +34,7 @@ from pipeline.loading.order import Order, default_block, default_lanes
 from pipeline.storage.store import TEMPORARY, Store, open_store
 from trainer.config.recipe import CONFIG_TYPES, ConfigT, differences, dump_config, parse_config
 from trainer.config.schema import InitConfig, LabelledRunConfig, RunConfig
+from trainer.labels.labels import KIND_NAMES, LABELS, NOUNS, measure_labels, read_labels, write_labels
 from trainer.run.worker import Worker
 
 CONFIG = "config.yaml"
@@ -131,7 +133,14 @@ def _with_fixed_values(config: ConfigT, before: RunConfig) -> ConfigT:
 
 
 def _new_run(store: Store, config: ConfigT, dataset: Dataset) -> tuple[ConfigT, Run]:
-    ours = (CONFIG, CLASSES, TEMPORARY, LEASE, FAILED)  # an interrupted first start may have left these
+    ours = (
+        CONFIG,
+        CLASSES,
+        LABELS,
+        TEMPORARY,
+        LEASE,
+        FAILED,
+    )  # an interrupted first start may have left these
     if names := [name for name in store.names() if not name.startswith(ours)]:
         raise UserError(f"{store.url} is not empty and not a run ({names[0]}, …): choose another --out")
     return fix_order(config, dataset), _first_attempt(store)
@@ -196,9 +205,11 @@ def _versions() -> dict[str, str]:
 def create_run(config: RunConfig, run: Run, dataset: Dataset) -> None:
     """Write config, classes and run.json of a run that `open_run` returned, if it is new."""
     if run.attempt == 1:
+        labels = measure_labels(dataset) if isinstance(config, LabelledRunConfig) else None
         run.store.write(CONFIG, dump_config(config).encode())
-        if isinstance(config, LabelledRunConfig):
+        if labels:
             run.store.write(CLASSES, (json.dumps(dataset.manifest.classes) + "\n").encode())
+            write_labels(run.store, labels)
         steps = make_order(config, dataset).steps_per_epoch
         name = dataset.store.url.rpartition("/")[2]  # without its location: model cards publish this
         data = {"name": name, "samples": dataset.samples, "classes": len(dataset.manifest.classes)}
@@ -258,19 +269,26 @@ def in_history(starts: Sequence[int], attempt: int, step: int) -> bool:
     return attempt <= len(starts) and all(start > step for start in starts[attempt:])
 
 
-def check_trained_classes(store: Store, dataset: Dataset) -> None:
-    """Raise UserError if a dataset's classes differ from those that a run was trained on, or are in another order."""
+def check_trained_labels(store: Store, dataset: Dataset) -> None:
+    """Raise UserError if a dataset has another kind of labels than a run was trained on, other classes, or another order."""
     try:
         trained, asked = json.loads(store.read(CLASSES)), dataset.manifest.classes
     except FileNotFoundError:
         raise UserError(
             f"{store.url} is a pre-training run, which has no classes: fine-tune or probe it, or use `maestream knn`"
         ) from None
+    labels = read_labels(store)
+    kinds = dataset.manifest.labels, labels.kind if labels else "class"
+    if kinds[0] != kinds[1]:
+        raise UserError(
+            f"{dataset.store.url} has another kind of labels ({KIND_NAMES[kinds[0]]}) than {store.url} was trained on "
+            f"({KIND_NAMES[kinds[1]]})"
+        )
     if asked != trained:
         first = next(((a, b) for a, b in zip(asked, trained, strict=False) if a != b), None)
         where = f": {first[0]} instead of {first[1]}" if first else ""
         raise UserError(
-            f"{dataset.store.url} has other classes ({len(asked)}) than {store.url} was trained on ({len(trained)}){where}"
+            f"{dataset.store.url} has other {NOUNS[kinds[0]]} ({len(asked)}) than {store.url} was trained on ({len(trained)}){where}"
         )
 
 

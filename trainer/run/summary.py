@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from pipeline.arrays import Floats
 from pipeline.storage.store import Store
 from trainer.config.schema import RunConfig
+from trainer.labels.measures import MAIN, MEASURES, found_measures
 from trainer.run.bad_samples import BAD_SAMPLES
 from trainer.run.checkpoint import committed_steps
 from trainer.run.events import read_events
@@ -22,7 +23,10 @@ from trainer.run.metrics import history
 from trainer.run.run import CONFIG, FAILED, LEASE, RunRecord, read_config, read_started_record
 from trainer.run.step_timer import PARTS
 
-EVALUATED = ("val_top1", "val_top5", "val_loss", "val_bad", "knn_step", "knn_top1")
+EVALUATED = (
+    *(f"{prefix}_{name}" for prefix in ("val", "knn") for name in MEASURES),
+    *("val_bad", "knn_step"),
+)
 NUMBERS = (
     *("step", "attempt", "epoch", "loss", "lr", "img_per_s", "data_wait_s", "step_s", "world_size"),
     *(*EVALUATED, *(f"time/{part}" for part in PARTS)),
@@ -226,12 +230,26 @@ def world_over_time(summary: RunSummary) -> list[tuple[float, int]]:
 
 
 def evaluation_curves(summary: RunSummary) -> dict[str, dict[str, Floats]]:
-    """Return the results of evaluations during training, on the validation dataset ("val") and by k-NN ("knn"), with the
-    number of steps that were done."""
-    metrics = summary.metrics
-    val, knn = (np.isfinite(metrics[name]) for name in ("val_top1", "knn_top1"))
-    return {
-        "val": {"step": metrics["step"][val] + 1}
-        | {name: metrics[f"val_{name}"][val] for name in ("top1", "top5", "loss", "bad")},
-        "knn": {"step": metrics["knn_step"][knn], "top1": metrics["knn_top1"][knn]},
-    }
+    """Return the results of evaluations during training, on the validation dataset ("val") and by k-NN ("knn").
+
+    Each has the number of steps that were done ("step"), those of `trainer.labels.measures.MEASURES` that were measured, and for
+    "val" the number of bad samples ("bad").
+    """
+    metrics = {name: column for name, column in summary.metrics.items() if np.isfinite(column).any()}
+    curves = {}
+    for prefix in ("val", "knn"):
+        found = found_measures(metrics, prefix)
+        main = next((name for name in MAIN if name in found), None)
+        rows = np.isfinite(metrics[f"{prefix}_{main}"]) if main else np.zeros(0, bool)
+        columns = summary.metrics if main else {}
+        steps = columns.get("knn_step" if prefix == "knn" else "step", np.zeros(0))[rows]
+        curves[prefix] = {"step": steps + (prefix == "val")}
+        curves[prefix] |= {name: columns[f"{prefix}_{name}"][rows] for name in found if main}
+        if prefix == "val" and main:
+            curves[prefix]["bad"] = columns["val_bad"][rows]
+    return curves
+
+
+def main_measure(columns: dict[str, Floats]) -> str | None:
+    """Return the measure by which models are compared, of one of `evaluation_curves`; None if there is no evaluation."""
+    return next((name for name in MAIN if name in columns), None)

@@ -1,4 +1,4 @@
-"""Fine-tuning: training an encoder, or its last blocks, with a classification head; also supervised training from scratch."""
+"""Fine-tuning: training an encoder, or its last blocks, with a head for labels; also supervised training from scratch."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,24 +6,27 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from pipeline.arrays import Ints
 from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.decode.decoder import Decoder, Size
+from pipeline.errors import UserError
 from pipeline.loading.loader import Batch, TrainBatch
-from trainer.augment.mixing import erase, mix, mixing_partners, mixing_plan, smooth_targets
+from trainer.augment.mixing import erase, mix, mixing_partners, mixing_plan
 from trainer.config.device import weight_dtype, with_autocast
 from trainer.config.optim_schema import MixingConfig
 from trainer.config.schema import FinetuneConfig, InitConfig
-from trainer.evaluate.accuracy import check_classes, check_labels, evaluate
+from trainer.evaluate.accuracy import check_labels
+from trainer.evaluate.predictions import evaluate
+from trainer.labels.labels import Labels, check_same_labels, labels_of_run
 from trainer.models.classifier import Classifier
 from trainer.run.checkpoint import EMA
 from trainer.run.run import Run
 from trainer.run.worker import Callbacks, Worker
 from trainer.train.loop import train
 from trainer.train.micro_batch import with_micro_batch
+from trainer.train.objective import make_targets, sample_losses
 from trainer.train.optim import layered_adamw
 from trainer.train.step import train_step, wrap_for_training
 from trainer.weights.init import freeze, init_encoder
@@ -34,11 +37,14 @@ HEAD_STD = 2e-5  # initial weights of the head (the authors' main_finetune.py): 
 def finetune(
     config: FinetuneConfig, dataset: Dataset, run: Run, worker: Worker, callbacks: Callbacks
 ) -> bool:
-    """Fine-tune a classifier; see `trainer.train.loop.train`."""
+    """Fine-tune a model with a head for the dataset's labels; see `trainer.train.loop.train`."""
     val = open_dataset(config.data.val, already_reached=True) if config.data.val else None
-    classes = check_classes(dataset, val)
+    labels = labels_of_run(run.store, dataset)
+    check_mixing(config, labels)
+    if val:
+        check_same_labels(dataset, val)
     torch.manual_seed(config.seed)  # the same weights on every rank
-    model = Classifier(config.model, classes).to(worker.device, weight_dtype(config))
+    model = Classifier(config.model, labels.outputs).to(worker.device, weight_dtype(config))
     if config.blocks != "all":
         freeze(model, config.model.depth, config.blocks)
     optimizer = layered_adamw(model, config.model.depth, config.optim, config.optim.layer_decay)
@@ -46,8 +52,18 @@ def finetune(
     multiple_of = config.global_batch // config.data.lanes if config.mixing.mixes else 1
     config = with_micro_batch(config, dataset, worker, callbacks, model, model, multiple_of)
     trained = wrap_for_training(model, config, worker)
-    task = FinetuneTask(config, val, worker, model, trained, optimizer)
+    task = FinetuneTask(config, labels, val, worker, model, trained, optimizer)
     return train(task, config, dataset, run, worker, callbacks)
+
+
+def check_mixing(config: FinetuneConfig, labels: Labels) -> None:
+    """Raise UserError if the config mixes or smooths labels that are numbers."""
+    mixing = config.mixing
+    if labels.kind == "numbers" and (mixing.mixes or mixing.smoothing):
+        raise UserError(
+            "mixup, CutMix and label smoothing are for classes, but the labels are numbers: "
+            "set mixing.mixup=0 mixing.cutmix=0 mixing.smoothing=0"
+        )
 
 
 @dataclass
@@ -55,6 +71,7 @@ class FinetuneTask:
     """A `trainer.train.task.Task`: fine-tuning, with evaluation of the averaged weights on a validation dataset."""
 
     config: FinetuneConfig
+    labels: Labels
     val: Dataset | None
     worker: Worker
     model: Classifier
@@ -80,7 +97,9 @@ class FinetuneTask:
         self.decoder = decoder
 
     def step(self, batch: TrainBatch) -> torch.Tensor:
-        sums = finetune_step(self.trained, self.model, self.optimizer, batch, self.config, self.worker)
+        sums = finetune_step(
+            self.trained, self.model, self.optimizer, batch, self.config, self.worker, self.labels
+        )
         if self.config.optim.ema:
             average(self.model, self.optimizer, self.config.optim.ema)
         return sums
@@ -88,12 +107,14 @@ class FinetuneTask:
     def evaluate(self, step: int) -> dict[str, float]:
         assert self.val is not None
         assert self.decoder is not None
-        config = self.config
-        logits = with_autocast(self.model, config, self.worker.device)
+        config, labels = self.config, self.labels
+        outputs = with_autocast(self.model, config, self.worker.device)
+        crop, batch = config.data.val_crop, config.micro_batch_size
         with averaged(self.model, self.optimizer):
             return evaluate(
-                logits, self.val, self.decoder, config.data.val_crop, config.micro_batch_size, self.worker
-            )
+                lambda images: labels.in_units(outputs(images)),
+                labels, self.val, self.decoder, crop, batch, self.worker,
+            )  # fmt: skip
 
     def results(self, wait: bool) -> dict[str, float]:
         return {}
@@ -112,8 +133,9 @@ def finetune_step(
     batch: TrainBatch,
     config: FinetuneConfig,
     worker: Worker,
+    labels: Labels,
 ) -> torch.Tensor:
-    """One optimizer step of a classifier; arguments and result as in `trainer.train.step.train_step`."""
+    """One optimizer step; `labels` are the run's, the other arguments and the result as in `trainer.train.step.train_step`."""
     assert config.data.lanes is not None
     check_labels(batch.labels)
     per_lane = config.global_batch // config.data.lanes
@@ -123,15 +145,16 @@ def finetune_step(
         with torch.autocast(
             worker.device.type, enabled=False
         ):  # bf16 sampling grids are off by a quarter of a pixel
+            targets = make_targets(part.labels, labels, config.mixing.smoothing, model.head.weight.dtype)
             images, targets = augment(
-                part, ids, weights, model, config.mixing, config.seed, batch.epoch, per_lane
+                part, targets, ids, weights, model, config.mixing, config.seed, batch.epoch, per_lane
             )
         kept = (
             model.drop_path_scales(config.seed, batch.epoch, part.sample_ids)
             if config.model.drop_path
             else None
         )
-        return -(targets * F.log_softmax(trained(images, kept), dim=-1)).sum(dim=-1)
+        return sample_losses(trained(images, kept), targets, labels.kind)
 
     return train_step(
         trained, optimizer, batch, config, worker, losses, per_lane if config.mixing.mixes else 1
@@ -141,6 +164,7 @@ def finetune_step(
 @torch.no_grad()
 def augment(
     part: Batch,
+    targets: torch.Tensor,
     ids: Ints,
     weights: np.ndarray,
     model: Classifier,
@@ -153,11 +177,12 @@ def augment(
 
     Args:
         part: a micro-batch on the device.
+        targets: float[n, k], see `trainer.train.objective.make_targets`.
         ids: int64[n], its sample ids, on the host.
         weights: float[n], 0 for bad samples and 1 for others, on the host.
         per_lane: consecutive samples that belong to the same lane; mixup and CutMix mix only those.
 
-    Returns images, float[n, 3, h, w], normalised, and soft targets, float[n, classes].
+    Returns images, float[n, 3, h, w], normalised, and targets, float[n, k].
     """
     images = part.images.to(model.pixel_mean.dtype) / 255
     if mixing.magnitude:
@@ -168,7 +193,6 @@ def augment(
         )
     images = (images - model.pixel_mean) / model.pixel_std
     images = erase(images, mixing.erase, seed, epoch, ids)
-    targets = smooth_targets(part.labels, model.head.out_features, mixing.smoothing)
     if mixing.mixes:
         height, width = images.shape[2:]
         kept, boxes = mixing_plan(mixing.mixup, mixing.cutmix, seed, epoch, ids, height, width)

@@ -1,4 +1,4 @@
-"""Linear probing: training a linear classifier on the features of a frozen encoder (paper, appendix A.1, Table 10)."""
+"""Linear probing: training a linear layer on the features of a frozen encoder (paper, appendix A.1, Table 10)."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,12 +13,15 @@ from pipeline.decode.decoder import Decoder, Size
 from pipeline.loading.loader import TrainBatch
 from trainer.config.device import autocast, weight_dtype, with_autocast
 from trainer.config.schema import InitConfig, LinprobeConfig
-from trainer.evaluate.accuracy import check_classes, check_labels, evaluate
+from trainer.evaluate.accuracy import check_labels
+from trainer.evaluate.predictions import evaluate
+from trainer.labels.labels import Labels, check_same_labels, labels_of_run
 from trainer.models.probe import NORM_EPS, NORM_MOMENTUM, Probe
 from trainer.run.run import Run
 from trainer.run.worker import Callbacks, Worker
 from trainer.train.loop import train
 from trainer.train.micro_batch import with_micro_batch
+from trainer.train.objective import make_targets, sample_losses
 from trainer.train.optim import LARS
 from trainer.train.step import micro_batches, to_device, wrap_for_training
 from trainer.weights.init import init_encoder
@@ -27,15 +30,17 @@ from trainer.weights.init import init_encoder
 def linprobe(
     config: LinprobeConfig, dataset: Dataset, run: Run, worker: Worker, callbacks: Callbacks
 ) -> bool:
-    """Train the linear classifier; see `trainer.train.loop.train`."""
+    """Train the linear layer; see `trainer.train.loop.train`."""
     val = open_dataset(config.data.val, already_reached=True) if config.data.val else None
-    classes = check_classes(dataset, val)
+    labels = labels_of_run(run.store, dataset)
+    if val:
+        check_same_labels(dataset, val)
     torch.manual_seed(config.seed)  # the same weights on every rank
-    model = Probe(config, classes).to(worker.device, weight_dtype(config))
+    model = Probe(config, labels.outputs).to(worker.device, weight_dtype(config))
     optimizer = LARS(model.linear.parameters(), config.optim)
     config = with_micro_batch(config, dataset, worker, callbacks, model, model.features)
     linear = wrap_for_training(model.linear, config, worker)
-    task = LinprobeTask(config, val, worker, model, linear, optimizer)
+    task = LinprobeTask(config, labels, val, worker, model, linear, optimizer)
     return train(task, config, dataset, run, worker, callbacks)
 
 
@@ -44,6 +49,7 @@ class LinprobeTask:
     """A `trainer.train.task.Task`: linear probing, with evaluation on a validation dataset."""
 
     config: LinprobeConfig
+    labels: Labels
     val: Dataset | None
     worker: Worker
     model: Probe
@@ -67,16 +73,20 @@ class LinprobeTask:
         self.decoder = decoder
 
     def step(self, batch: TrainBatch) -> torch.Tensor:
-        return linprobe_step(self.linear, self.model, self.optimizer, batch, self.config, self.worker)
+        return linprobe_step(
+            self.linear, self.model, self.optimizer, batch, self.config, self.worker, self.labels
+        )
 
     def evaluate(self, step: int) -> dict[str, float]:
         assert self.val is not None
         assert self.decoder is not None
-        config = self.config
-        logits = with_autocast(self.model, config, self.worker.device)
+        config, labels = self.config, self.labels
+        outputs = with_autocast(self.model, config, self.worker.device)
+        crop, batch = config.data.val_crop, config.micro_batch_size
         return evaluate(
-            logits, self.val, self.decoder, config.data.val_crop, config.micro_batch_size, self.worker
-        )
+            lambda images: labels.in_units(outputs(images)),
+            labels, self.val, self.decoder, crop, batch, self.worker,
+        )  # fmt: skip
 
     def results(self, wait: bool) -> dict[str, float]:
         return {}
@@ -95,8 +105,9 @@ def linprobe_step(
     batch: TrainBatch,
     config: LinprobeConfig,
     worker: Worker,
+    labels: Labels,
 ) -> torch.Tensor:
-    """One optimizer step of the linear classifier; returns the sums that `trainer.train.step.train_step` describes.
+    """One optimizer step of the linear layer; returns the sums that `trainer.train.step.train_step` describes.
 
     Features of the whole batch are computed first: batch normalisation needs the statistics of the global batch, which are
     the same at any world size.
@@ -110,10 +121,10 @@ def linprobe_step(
             features.append(model.features(images).to(model.linear.weight.dtype))
         worker.timer.mark("step")
     weights = batch.weights.to(worker.device, non_blocking=True)
-    labels = batch.labels.to(worker.device, non_blocking=True)
+    targets = batch.labels.to(worker.device, non_blocking=True)
     moments = batch_moments(torch.cat(features), weights, worker.world_size)
     normalised = normalise(torch.cat(features), moments)
-    losses = F.cross_entropy(linear(normalised), labels, reduction="none")
+    losses = probe_losses(linear(normalised), targets, labels)
     loss = (losses * weights).sum()
     (loss * (worker.world_size / config.global_batch)).backward()
     worker.timer.mark("all_reduce" if worker.world_size > 1 else "step")
@@ -122,6 +133,13 @@ def linprobe_step(
     optimizer.zero_grad(set_to_none=True)
     worker.timer.mark("step")
     return torch.stack([loss.detach().double(), (weights == 0).sum().double()])
+
+
+def probe_losses(outputs: torch.Tensor, batch_labels: torch.Tensor, labels: Labels) -> torch.Tensor:
+    """Return the loss of each sample, float[n], of outputs float[n, k] and labels of a batch on the same device."""
+    if labels.kind == "class":
+        return F.cross_entropy(outputs, batch_labels, reduction="none")
+    return sample_losses(outputs, make_targets(batch_labels, labels, 0.0, outputs.dtype), labels.kind)
 
 
 class Moments(NamedTuple):

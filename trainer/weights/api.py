@@ -58,10 +58,11 @@ def load_mae(location: str, step: int | None = None) -> MAE:
 
 
 def load_classifier(location: str, step: int | None = None) -> Classifier | Probe:
-    """Load a fine-tuned classifier or, from a linear-probing run, the frozen encoder with its linear layer.
+    """Load a fine-tuned model with its head or, from a linear-probing run, the frozen encoder with its linear layer.
 
-    It maps uint8[n, 3, h, w] → logits [n, classes]; `read_model_info(location).classes` has the class names of a fine-tuned
-    classifier, if they are known. Arguments and errors as `load_encoder`.
+    It maps uint8[n, 3, h, w] → logits [n, classes], or numbers [n, k] in original units if it was trained on numbers.
+    `read_model_info(location)` has the class names of a fine-tuned classifier in `classes`, if they are known, and `labels`,
+    which says what several classes or numbers are predicted (None: one class). Arguments and errors as `load_encoder`.
     """
     pretrained = read_pretrained(location, step)
     if isinstance(pretrained.info.run, LinprobeConfig):
@@ -95,11 +96,18 @@ def _check_images(model: ViT, images: torch.Tensor, or_floats: str) -> None:
 
 
 def load_probe(info: ModelInfo) -> Probe:
-    """Load the encoder and the linear layer of a linear-probing run, described by `read_model_info`."""
+    """Load the encoder and the linear layer of a linear-probing run, described by `read_model_info`.
+
+    A layer for numbers predicts them in original units.
+    """
     assert isinstance(info.run, LinprobeConfig)
     assert info.store is not None
     assert info.step is not None
     weights = read_weights(info.store, info.step)
     probe = Probe(info.run, len(weights["linear.weight"]))
     probe.load_state_dict(weights)
+    if info.labels:
+        weight, bias = info.labels.head_in_units(weights["linear.weight"], weights["linear.bias"])
+        probe.linear.weight.data.copy_(weight)
+        probe.linear.bias.data.copy_(bias)
     return probe.eval()

@@ -21,7 +21,7 @@ from pipeline.storage.store import Store
 from trainer.config.model_schema import ClassifierConfig, EncoderConfig, ModelConfig
 from trainer.models.vit import MEAN, STD
 from trainer.weights.formats import ENCODER_ONLY
-from trainer.weights.model_card import model_card
+from trainer.weights.model_card import model_card, output_name
 from trainer.weights.pretrained import (
     CONFIG,
     FORMAT_KEY,
@@ -40,6 +40,7 @@ from trainer.weights.state_dicts import (
 )
 
 CARD = "README.md"
+TRANSFORMERS_PROBLEMS = {"classes": "multi_label_classification", "numbers": "regression"}
 SAFETENSORS = WEIGHTS[0]
 # Bytes of weights above which they are written to a file beside the .onnx: a protobuf file cannot exceed 2 GiB.
 MAX_INLINE_BYTES = 1 << 30
@@ -134,9 +135,12 @@ def _transformers_config(pretrained: PretrainedModel) -> dict[str, Any]:
         **transformers_config(pretrained.model),
     }
     if kind == "classifier":
-        names = pretrained.info.classes
+        names, labels = pretrained.info.classes, pretrained.info.labels
+        if labels:
+            config["problem_type"] = TRANSFORMERS_PROBLEMS[labels.kind]
         if not isinstance(names, list):
-            names = [f"class {i}" for i in range(len(pretrained.weights["head.weight"]))]
+            noun = "number" if labels and labels.kind == "numbers" else "class"
+            names = [f"{noun} {i}" for i in range(len(pretrained.weights["head.weight"]))]
         config["id2label"] = dict(enumerate(names))
         config["label2id"] = {name: i for i, name in enumerate(names)}
     return config
@@ -201,7 +205,7 @@ def _write_onnx(store: Store, pretrained: PretrainedModel) -> None:
             str(Path(folder, "model.onnx")),
             dynamo=True,
             input_names=["images"],
-            output_names=["logits" if isinstance(pretrained.model, ClassifierConfig) else "tokens"],
+            output_names=[output_name(pretrained.info, pretrained.model)],
             dynamic_shapes={"images": {0: torch.export.Dim("n", min=1)}},
             external_data=weight_bytes > MAX_INLINE_BYTES,
             verbose=False,

@@ -12,6 +12,8 @@ from pipeline.storage.store import Store
 from pipeline.text import plural
 from trainer.config.model_schema import ClassifierConfig, EncoderConfig, ModelConfig
 from trainer.config.schema import CheckpointConfig, LinprobeConfig, RunConfig
+from trainer.labels.labels import KIND_NAMES
+from trainer.labels.measures import MAIN, MEASURES, found_measures
 from trainer.models.vit import MEAN, STD
 from trainer.run.metrics import history
 from trainer.run.run import read_record
@@ -20,9 +22,8 @@ from trainer.weights.state_dicts import TRANSFORMERS_CLASSES, model_kind
 
 METRICS = {  # metric → its label on the card, in this order
     "loss": "training loss at the last step",
-    "val_top1": "validation top-1, %",
-    "val_top5": "validation top-5, %",
-    "knn_top1": "k-NN top-1, %",
+    **{f"val_{name}": f"validation {measure.name}" for name, measure in MEASURES.items() if name != "loss"},
+    **{f"knn_{name}": f"k-NN {MEASURES[name].name}" for name in ("top1", "map", "r2", "mae")},
 }
 LIBRARIES = {"timm": "timm", "transformers": "transformers"}
 SNAPSHOTS = CheckpointConfig().snapshots  # by default a system folder, which is the same everywhere
@@ -43,6 +44,9 @@ def model_card(info: ModelInfo, model: EncoderConfig, export_format: str) -> str
         export_format: one of `trainer.weights.formats.FORMATS`.
     """
     task = "image-classification" if isinstance(model, ClassifierConfig) else "image-feature-extraction"
+    output = output_name(info, model)
+    if output == "numbers":
+        task = "other"  # hubs have no task for regression
     header = {
         "library_name": LIBRARIES.get(export_format, "maestream"),
         "pipeline_tag": task,
@@ -51,18 +55,25 @@ def model_card(info: ModelInfo, model: EncoderConfig, export_format: str) -> str
     parts = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
         f"# {_title(model)}",
-        f"## Usage\n\n```python\n{usage(model, export_format)}\n```",
+        f"## Usage\n\n```python\n{usage(model, export_format, output)}\n```",
         _describe_input(model, export_format),
         _describe_run(info) if info.run else _describe_source(info),
     ]
     return without_secrets("\n\n".join(parts)) + "\n"
 
 
-def usage(model: EncoderConfig, export_format: str) -> str:
-    """Return Python code that loads an export from "FOLDER" and applies it to `images`."""
+def output_name(info: ModelInfo, model: EncoderConfig) -> str:
+    """Return what a model's output is called: tokens, logits, or numbers."""
+    if not isinstance(model, ClassifierConfig):
+        return "tokens"
+    return "numbers" if info.labels and info.labels.kind == "numbers" else "logits"
+
+
+def usage(model: EncoderConfig, export_format: str, output: str) -> str:
+    """Return Python code that loads an export from "FOLDER" and applies it to `images`. `output`: see `output_name`."""
     if export_format == "safetensors":
         if isinstance(model, ClassifierConfig):
-            return 'from maestream import load_classifier\n\nlogits = load_classifier("FOLDER")(images)'
+            return f'from maestream import load_classifier\n\n{output} = load_classifier("FOLDER")(images)'
         return 'from maestream import load_encoder\n\ntokens = load_encoder("FOLDER")(images)'
     if export_format == "transformers":
         name = TRANSFORMERS_CLASSES[model_kind(model)]
@@ -82,7 +93,6 @@ def usage(model: EncoderConfig, export_format: str) -> str:
             "# model: built with the MAE authors' code, github.com/facebookresearch/mae\n"
             'model.load_state_dict(torch.load("FOLDER/model.pth")["model"])'
         )
-    output = "logits" if isinstance(model, ClassifierConfig) else "tokens"
     if export_format == "onnx":
         return (
             "import onnxruntime\n\n"
@@ -134,7 +144,7 @@ def _describe_run(info: ModelInfo) -> str:
     if isinstance(info.run, LinprobeConfig):
         training += " This is the frozen encoder, without the linear layer that was trained on it."
     dataset = (
-        f"- dataset: {data['name']}, {plural(data['samples'], 'sample')}, {plural(data['classes'], 'class', 'classes')}\n"
+        f"- dataset: {data['name']}, {plural(data['samples'], 'sample')}, {_labels(data, info)}\n"
         if data
         else ""
     )
@@ -150,6 +160,14 @@ def _describe_run(info: ModelInfo) -> str:
             f"## Recipe\n\n```yaml\n{recipe_yaml(info.run)}```",
         ]
     )
+
+
+def _labels(data: dict[str, Any], info: ModelInfo) -> str:
+    """Return what the labels of the training dataset are, of RunRecord.data."""
+    if info.labels and info.labels.kind == "numbers":
+        return f"{plural(data['classes'], 'number')} per image"
+    classes = plural(data["classes"], "class", "classes")
+    return f"{classes}, {KIND_NAMES['classes']}" if info.labels else classes
 
 
 def recipe_yaml(run: RunConfig) -> str:
@@ -181,15 +199,18 @@ def _metrics(store: Store, step: int) -> Iterator[tuple[str, str]]:
     for row in history(store):
         for name in METRICS.keys() & row.keys():
             # k-NN runs in the background: its result is in a later row than its step's.
-            at = int(row["knn_step"]) - 1 if name == "knn_top1" else row["step"]
+            at = int(row["knn_step"]) - 1 if name.startswith("knn_") else row["step"]
             if at < step and at >= newest.get(name, (-1, 0.0))[0]:
                 newest[name] = at, row[name]
     for name, label in METRICS.items():
         if name in newest:
             at, value = newest[name]
             older = "" if at == step - 1 else f" (after step {at + 1:,})"
-            yield label + older, f"{value:.4f}" if name == "loss" else f"{value:.2f}"
+            yield label + older, f"{value:{MEASURES[name.rpartition('_')[2]].format}}"
     for file in store.names("evaluations"):
         if file.startswith(f"evaluations/step-{step:08d}-"):
             result = json.loads(store.read(file))
-            yield f"top-1 on {result['data'].rpartition('/')[2]}, %", f"{result['val_top1']:.2f}"
+            for name in (name for name in found_measures(result, "val") if name in MAIN):
+                measure, data = MEASURES[name], result["data"].rpartition("/")[2]
+                unit = f",{measure.unit}" if measure.unit else ""
+                yield f"{measure.label} on {data}{unit}", f"{result[f'val_{name}']:{measure.format}}"

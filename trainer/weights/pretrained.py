@@ -24,6 +24,7 @@ from pipeline.storage.faults import as_user_error
 from pipeline.storage.store import Store, open_store
 from trainer.config.model_schema import ClassifierConfig, EncoderConfig, ModelConfig
 from trainer.config.schema import FinetuneConfig, LabelledRunConfig, LinprobeConfig, RunConfig
+from trainer.labels.labels import Labels, read_labels
 from trainer.models.vit import MEAN, ViT
 from trainer.run.checkpoint import EMA, find_checkpoint, read_optimizer_state, read_weights
 from trainer.run.run import CLASSES, read_config
@@ -69,9 +70,10 @@ class ModelInfo:
     step: int | None = None  # step of the run's checkpoint
     run: RunConfig | None = None  # config of the run
     classes: list[str] | int | None = (
-        None  # of a classifier: class names in the order of its logits, or their number
+        None  # of a classifier: class names (or of numbers) in the order of its outputs, or how many
     )
     source: dict[str, Any] = field(default_factory=dict)  # origin of imported weights
+    labels: Labels | None = None  # of a model for several classes or numbers
 
     @property
     def precision(self) -> str:
@@ -97,6 +99,7 @@ class ConfigJson(BaseModel):
     classes: list[str] | int | None = None
     step: int | None = None
     source: dict[str, Any] = {}
+    labels: Labels | None = None  # not written for one class per image
 
 
 @dataclass(frozen=True)
@@ -231,11 +234,15 @@ def _run_info(store: Store, step: int | None) -> ModelInfo:
         classes = json.loads(store.read(CLASSES)) if isinstance(run, FinetuneConfig) else None
     except (FileNotFoundError, ValueError):
         classes = None
-    return ModelInfo(store.url, model, store, find_checkpoint(store, step), run, classes)
+    labels = read_labels(store) if isinstance(run, LabelledRunConfig) else None
+    return ModelInfo(store.url, model, store, find_checkpoint(store, step), run, classes, labels=labels)
 
 
 def _read_run(info: ModelInfo) -> PretrainedModel:
-    """Read a checkpoint: the averaged weights if the run has them, and a linear probe's encoder without the head."""
+    """Read a checkpoint: the averaged weights if the run has them, and a linear probe's encoder without the head.
+
+    A head for numbers predicts them in original units.
+    """
     assert info.store is not None
     assert info.step is not None
     weights = read_weights(info.store, info.step)
@@ -244,6 +251,10 @@ def _read_run(info: ModelInfo) -> PretrainedModel:
     if isinstance(info.run, LinprobeConfig):
         prefix = "encoder."
         weights = {name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}
+    elif info.labels:
+        weights["head.weight"], weights["head.bias"] = info.labels.head_in_units(
+            weights["head.weight"], weights["head.bias"]
+        )
     return _checked(info, weights)
 
 
@@ -260,20 +271,23 @@ def _folder_info(config: Mapping[str, Any], where: str, store: Store | None) -> 
         raise UserError(f"{where} is damaged ({' '.join(str(error).split())[:200]})") from None
     location = store.url if store else where
     source = content.source | ({"step": content.step} if content.step else {})
-    return ModelInfo(without_secrets(location), model, store, classes=content.classes, source=source)
+    location = without_secrets(location)
+    return ModelInfo(location, model, store, classes=content.classes, source=source, labels=content.labels)
 
 
 def config_json(info: ModelInfo) -> dict[str, Any]:
     """Return the config.json of a maestream model folder."""
+    content = ConfigJson(
+        kind=model_kind(info.model),
+        model=info.model.model_dump(mode="json"),
+        classes=info.classes,
+        step=info.step,
+        source=info.source,
+        labels=info.labels,
+    )
     return {
         FORMAT_KEY: VERSION,
-        **ConfigJson(
-            kind=model_kind(info.model),
-            model=info.model.model_dump(mode="json"),
-            classes=info.classes,
-            step=info.step,
-            source=info.source,
-        ).model_dump(),
+        **content.model_dump(mode="json", exclude=None if info.labels else {"labels"}),
     }
 
 
@@ -362,4 +376,4 @@ def encoder_only(pretrained: PretrainedModel) -> PretrainedModel:
         )
     dropped = ("decoder_", "mask_token", "head.")
     weights = {name: tensor for name, tensor in pretrained.weights.items() if not name.startswith(dropped)}
-    return PretrainedModel(replace(pretrained.info, model=model.encoder, classes=None), weights)
+    return PretrainedModel(replace(pretrained.info, model=model.encoder, classes=None, labels=None), weights)

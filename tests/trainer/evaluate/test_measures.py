@@ -12,6 +12,7 @@ from pipeline.stage_times import StageTimes
 from trainer.config.recipe import parse_config
 from trainer.config.schema import FinetuneConfig
 from trainer.evaluate.knn import knn_votes
+from trainer.labels.labels import Labels
 from trainer.models.classifier import Classifier
 from trainer.run.worker import Worker
 from trainer.train.finetune import finetune_step
@@ -76,7 +77,7 @@ def test_lower_precision_changes_no_augmentation() -> None:
         model = Classifier(config.model, 7)
         looked = Looked(model)
         optimizer = layered_adamw(model, 1, config.optim, 0.75)
-        finetune_step(looked, model, optimizer, batch, config, Worker())
+        finetune_step(looked, model, optimizer, batch, config, Worker(), Labels(kind="class", outputs=7))
         seen[precision] = torch.cat(looked.seen)
         assert len(looked.seen) == 4
     assert seen["bf16"].dtype == torch.float32
