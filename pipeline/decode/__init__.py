@@ -1,8 +1,8 @@
 """Decode, crop, resize and flip a batch of images.
 
 decoder.py      the interface (`Decoder`) and its types
-cpu.py          `cpu`: threads on the CPU (jpeg_crop.c for JPEG, Pillow for the rest)
-dali.py         `dali`: NVIDIA DALI, on the CPU or on a CUDA device
+cpu.py          `cpu`: threads on the CPU (jpeg_crop.c for JPEG, Pillow for PNG, pipeline.images for the rest)
+dali.py         `dali`: NVIDIA DALI, on the CPU or on a CUDA device; `cpu` for what DALI does not decode alike
 gpu_check.py    compares DALI's crops on a GPU with the CPU's, before a GPU is used
 factory.py      `make_decoder` picks one of them
 
@@ -12,12 +12,15 @@ is rounding (DALI resizes in floats).
 
 All decoders treat unusual images alike:
 
-- Only JPEG and PNG are decoded; any other format is a bad sample. JPEG may be baseline or progressive, Huffman
-  or arithmetic, of any chroma subsampling, and grey, RGB, CMYK or YCCK (Adobe's inverted ones too). 12-bit JPEG
-  is a bad sample.
+- All formats of `pipeline.images.formats` are decoded; anything else is a bad sample. JPEG may be baseline or
+  progressive, Huffman or arithmetic, of any chroma subsampling, and grey, RGB, CMYK or YCCK (Adobe's inverted ones
+  too). 12-bit JPEG is a bad sample. DALI gets JPEG, PNG and WebP; `cpu` decodes the rest of the batch.
 - EXIF orientation and colour profiles are ignored, as in torchvision's ImageFolder.
 - Grey, palette and 1-bit images are converted to RGB. Transparency is dropped, not blended.
-- 16-bit images are scaled to 8 bits: `cpu` takes the high byte, DALI rounds.
+- In 8-bit batches 16-bit images are scaled to 8 bits, by the bits that are used (`Pixels.bits`). `cpu` takes the high
+  byte of PNGs, DALI rounds.
+- Batches of 16 bits, of floats or of other numbers of channels are resized by torch in float32, and rounded for
+  integers. Float images with NaN or infinity, and images with another number of channels, are bad samples.
 
 They differ in this:
 

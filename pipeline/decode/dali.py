@@ -4,6 +4,9 @@ the encoded bytes are copied to it.
 One image that DALI cannot decode breaks its whole pipeline for good (NVIDIA/DALI#3913). The pipeline is then rebuilt,
 and the batch is decoded again without that image.
 
+DALI gets the images that it decodes to the same pixels as the CPU decoder: 8-bit JPEG, PNG and WebP for batches of RGB or
+grey. The CPU decoder makes the other crops of the batch.
+
 There is one pipeline for each batch that is decoded at the same time: while the GPU works on one batch, the host
 parses the next.
 """
@@ -18,7 +21,11 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.plugin.pytorch import feed_ndarray
 
-from pipeline.decode.decoder import Decoded, Encoded, Size, unsupported_format
+from pipeline.decode.cpu import CpuDecoder, decodes_as_rgb
+from pipeline.decode.decoder import Decoded, Encoded, Size
+from pipeline.images.convert import LUMA
+from pipeline.images.formats import image_format
+from pipeline.images.pixels import RGB, Pixels
 from pipeline.stage_times import StageTimes
 
 # The share of a batch that a GPU's JPEG engines decode; host threads and its other cores decode the rest at the same
@@ -54,25 +61,34 @@ class DaliDecoder:
         size: (height, width) of the crops, pixels.
         threads: number of threads on the host for each pipeline.
         device: decodes, and holds the images.
+        pixels: type of the batches.
     """
 
-    def __init__(self, size: Size, threads: int, device: torch.device) -> None:
+    def __init__(self, size: Size, threads: int, device: torch.device, pixels: Pixels = RGB) -> None:
         self.size = size
+        self.pixels = pixels
         self.threads = threads
         self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.idle: list[Pipeline] = []
+        self.cpu = CpuDecoder(size, threads, pinned=device.type == "cuda", pixels=pixels)
         self.capacity = 0  # images for which a new pipeline is built: the largest batch so far
 
     def __call__(
         self, encoded: Sequence[Encoded], boxes: npt.NDArray[np.int64], flips: npt.NDArray[np.bool_]
     ) -> Decoded:
-        bad = {i: reason for i, data in enumerate(encoded) if (reason := unsupported_format(data))}
-        good = np.setdiff1d(np.arange(len(encoded)), list(bad))
+        good = np.flatnonzero([self._decodes(data) for data in encoded])
         # On a GPU, images are written to torch's memory on a stream of their own, because other work is queued on the
         # trainer's stream. They are complete when they are returned: this thread waits for that, not the trainer's
         # stream. (Without a GPU the stream is None, and this does nothing.)
         with torch.cuda.stream(self.stream):
+            if not len(good):
+                decoded = self.cpu(encoded, boxes, flips)
+                on_device = decoded.images.to(self.device, non_blocking=True)
+                self._wait()
+                return Decoded(on_device, decoded.bad, decoded.stage_times)
+            bad: dict[int, str] = {}
+            others = np.setdiff1d(np.arange(len(encoded)), good)
             images, stage_times = self._run(encoded, boxes, flips, good)
             if isinstance(images, str):
                 # Rare: find the bad images one by one, then decode the good ones.
@@ -86,14 +102,27 @@ class DaliDecoder:
                 raise RuntimeError(
                     f"DALI decodes each of these images by itself, but not as a batch: {images}"
                 )
-            if bad:
-                with_bad = torch.zeros(
-                    (len(encoded), *images.shape[1:]), dtype=torch.uint8, device=self.device
-                )
-                with_bad[torch.from_numpy(good)] = images
-                images = with_bad
-                self._wait()
+            if self.pixels.channels == 1:
+                images = _to_grey(images)
+            if len(good) < len(encoded):
+                parts = torch.zeros((len(encoded), *images.shape[1:]), dtype=torch.uint8, device=self.device)
+                parts[torch.from_numpy(good)] = images
+                if len(others):
+                    decoded = self.cpu([encoded[i] for i in others], boxes[others], flips[others])
+                    parts[torch.from_numpy(others)] = decoded.images.to(self.device, non_blocking=True)
+                    bad |= {int(others[i]): reason for i, reason in decoded.bad.items()}
+                    stage_times += decoded.stage_times
+                images = parts
+            self._wait()
         return Decoded(images, bad, stage_times)
+
+    def _decodes(self, data: Encoded) -> bool:
+        """Whether DALI decodes this file, with the same pixels as the CPU decoder."""
+        if self.pixels.dtype != "uint8" or self.pixels.channels not in (1, 3):
+            return False
+        if image_format(data) == "WebP":
+            return not (data[12:16] == b"VP8X" and data[20] & 2)  # animated
+        return decodes_as_rgb(data, self.pixels)
 
     def _run(
         self,
@@ -155,5 +184,12 @@ class DaliDecoder:
         return graph
 
     def close(self) -> None:
-        """Free the pipelines. No call may be in progress."""
+        """Free pipelines and threads. No call may be in progress."""
         self.idle.clear()
+        self.cpu.close()
+
+
+def _to_grey(images: torch.Tensor) -> torch.Tensor:
+    """The luma uint8[n, 1, h, w] of uint8[n, 3, h, w]."""
+    weights = torch.tensor(LUMA, dtype=torch.int32, device=images.device)[:, None, None]
+    return ((images.int() * weights).sum(dim=1, keepdim=True) + (1 << 15) >> 16).to(torch.uint8)

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pipeline.images.pixels import Pixels
 from pipeline.stage_times import StageTimes
 
 Encoded = bytes | memoryview
@@ -23,15 +24,18 @@ class Decoded:
     so a caller that uses it on another stream calls `Tensor.record_stream`.
     """
 
-    images: torch.Tensor  # uint8[n, 3, h, w], RGB; bad images are zeros
+    images: (
+        torch.Tensor
+    )  # [n, channels, h, w] of the decoder's `pixels`: uint8 RGB by default; bad images are zeros
     bad: dict[int, str]  # position of a bad image in the batch → why it cannot be decoded
     stage_times: StageTimes  # thread-seconds for the good images
 
 
 class Decoder(Protocol):
-    """Decodes crops of one size."""
+    """Decodes crops of one size and one type of pixels."""
 
     size: Size
+    pixels: Pixels
 
     def __call__(
         self, encoded: Sequence[Encoded], boxes: npt.NDArray[np.int64], flips: npt.NDArray[np.bool_]
@@ -40,7 +44,7 @@ class Decoder(Protocol):
         threads at once.
 
         Args:
-            encoded: n JPEG or PNG files.
+            encoded: n files of any format of `pipeline.images.formats`.
             boxes: int64[n, 4], the crops (y, x, height, width) in pixels of the stored image. EXIF orientation is
                 ignored.
             flips: bool[n], whether to mirror each crop left to right.
@@ -52,7 +56,6 @@ class Decoder(Protocol):
         ...
 
 
-def unsupported_format(encoded: Encoded) -> str | None:
-    """Why no decoder accepts this file, judged by its first bytes; None for JPEG and PNG."""
-    head = bytes(encoded[:8])
-    return None if head[:3] == b"\xff\xd8\xff" or head == b"\x89PNG\r\n\x1a\n" else "not a JPEG or PNG"
+def torch_dtype(pixels: Pixels) -> torch.dtype:
+    """The dtype of batches with these pixels."""
+    return {"uint8": torch.uint8, "uint16": torch.uint16, "float32": torch.float32}[pixels.dtype]

@@ -7,12 +7,19 @@ import torch
 from pipeline.decode.cpu import CpuDecoder
 from pipeline.decode.decoder import Decoder, DecoderName, Size
 from pipeline.errors import UserError
+from pipeline.images.pixels import RGB, Pixels
 
 CPU = torch.device("cpu")
 log = logging.getLogger("maestream")
 
 
-def make_decoder(name: DecoderName, size: int | Size, threads: int, device: torch.device = CPU) -> Decoder:
+def make_decoder(
+    name: DecoderName,
+    size: int | Size,
+    threads: int,
+    device: torch.device = CPU,
+    pixels: Pixels = RGB,
+) -> Decoder:
     """A decoder of the given name.
 
     `auto` is DALI on a CUDA device if its crops match the CPU's there (checking that takes some seconds). Otherwise it
@@ -23,6 +30,8 @@ def make_decoder(name: DecoderName, size: int | Size, threads: int, device: torc
         size: of the crops in pixels: (height, width), or one number for both.
         threads: number of decoding threads on the CPU.
         device: where the model is trained.
+        pixels: type of the batches: the dataset's (`Manifest.pixels`), with the channels of the model. Grey images become
+            RGB, and RGB images grey; an image of another type is a bad sample.
 
     Raises UserError if `dali` is asked for and not usable here.
     """
@@ -36,11 +45,11 @@ def make_decoder(name: DecoderName, size: int | Size, threads: int, device: torc
         else:
             problem = _gpu_problem(device) if on_gpu else None
             if not problem:
-                return DaliDecoder(size, threads, device if on_gpu else CPU)
+                return DaliDecoder(size, threads, device if on_gpu else CPU, pixels)
         if name == "dali":
             raise UserError(f"data.decoder=dali cannot be used here: {problem}. Use data.decoder=cpu")
         log.warning("decoding images on the CPU: %s", problem)
-    return CpuDecoder(size, threads, pinned=on_gpu)
+    return CpuDecoder(size, threads, pinned=on_gpu, pixels=pixels)
 
 
 def _gpu_problem(device: torch.device) -> str | None:

@@ -22,7 +22,7 @@ def saved(image: Image.Image, kind: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def png(pixels: np.ndarray, interlaced: bool = False) -> bytes:
+def png(pixels: np.ndarray, interlaced: bool = False, sbit: int | None = None) -> bytes:
     """A PNG that Pillow cannot write: pixels[height, width, channels] of 8 or 16 bits."""
     height, width, channels = pixels.shape
     passes = [(0, 0, 1, 1)]
@@ -42,7 +42,8 @@ def png(pixels: np.ndarray, interlaced: bool = False) -> bytes:
     ]
     kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
     head = struct.pack(">IIBBBBB", width, height, 8 * pixels.itemsize, kind, 0, 0, interlaced)
-    chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(b"".join(rows))), (b"IEND", b"")]
+    bits = [(b"sBIT", bytes([sbit] * channels))] if sbit else []
+    chunks = [(b"IHDR", head), *bits, (b"IDAT", zlib.compress(b"".join(rows))), (b"IEND", b"")]
     framed = [struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d)) for t, d in chunks]
     return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
 
