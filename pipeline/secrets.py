@@ -7,7 +7,13 @@ import re
 
 # Pattern → replacement text.
 SECRETS = (
-    (re.compile(r"(://)[^/\s]+@"), r"\1…@"),  # user names and passwords in URLs
+    # User names and passwords in URLs; but not s3://anonymous@bucket, nor abfs://container@account.
+    (
+        re.compile(
+            r"(://)(?!(?:anonymous|(?<=abfs://)[\w-]+|(?<=abfss://)[\w-]+)@[^/\s@]*(?:[/\s'\"]|$))[^/\s]+@"
+        ),
+        r"\1…@",
+    ),
     (re.compile(r"(?i)([?&][\w.-]*(?:token|sig|secret|key|passw|credential)[\w.-]*=)[^&\s'\"]+"), r"\1…"),
     (re.compile(r"(?i)(\baws_(?:access_key_id|secret_access_key|session_token)['\"]?\s*[=:]\s*)\S+"), r"\1…"),
     (re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"), "…"),  # AWS access key ids

@@ -17,12 +17,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import botocore.exceptions
-import fsspec
 import tenacity
 
 from pipeline.errors import UserError
-from pipeline.storage.faults import ShortReadError, as_user_error, is_fault, s3_error_code
+from pipeline.storage.faults import (
+    ShortReadError,
+    as_user_error,
+    is_beyond_end,
+    is_fault,
+    may_be_checksums,
+    s3_error_code,
+)
+from pipeline.storage.file_systems import (
+    ANONYMOUS,
+    ATOMIC_SCHEMES,
+    READ_ONLY,
+    READ_OPTIONS,
+    is_folder_marker,
+    open_file_system,
+    scheme_of,
+    without_folder_markers,
+)
+from pipeline.storage.local_files import file_size, walk
 
 DEADLINE_S = 120  # one operation, with all its retries
 STALL_S = 10  # read timeout: no byte for this long in the middle of a response
@@ -33,19 +49,6 @@ T = TypeVar("T")
 _REACHED: set[str] = set()  # buckets from which this process, or its parent, has had a response
 UMASK = os.umask(0)  # reading the process's umask means setting it, so this is done once, at import
 os.umask(UMASK)
-
-
-def _s3_options() -> dict[str, Any]:
-    return {
-        # Other processes add and remove files, so a cached listing may be out of date.
-        "use_listings_cache": False,
-        "config_kwargs": {
-            "connect_timeout": min(STALL_S, 5),
-            "read_timeout": STALL_S,
-            "retries": {"max_attempts": 0},  # `Store` retries
-            "max_pool_connections": 64,  # botocore's default of 10 is fewer than our concurrent reads
-        },
-    }
 
 
 @dataclass(frozen=True)
@@ -145,27 +148,31 @@ class Store:
         if self.is_local:
             with open(self.path(name), "rb", buffering=0) as file:
                 return os.pread(file.fileno(), size, start)
-        limit = {"timeout": timeout} if self.fs.async_impl else {}
+        options = {"timeout": timeout} if self.fs.async_impl else READ_OPTIONS.get(scheme_of(self.url), {})
         try:
-            return self.fs.cat_file(self.path(name), start=start, end=start + size, **limit)
-        except OSError as error:
-            answer = error.__cause__
-            if not isinstance(answer, botocore.exceptions.ClientError):
-                raise
-            if answer.response["ResponseMetadata"]["HTTPStatusCode"] != 416:
-                raise
-            return b""  # 416, Range Not Satisfiable: the object has no byte at `start`
+            return bytes(self.fs.cat_file(self.path(name), start=start, end=start + size, **options))
+        except Exception as error:
+            if is_beyond_end(error):
+                return b""
+            raise
 
     def _deadline_s(self) -> float:
         return DEADLINE_S if self.bucket in _REACHED else FIRST_DEADLINE_S
 
     def _retry(self, attempt: Callable[[], T]) -> T:
         """Call `attempt` until it succeeds, with exponential backoff, full jitter and a total deadline."""
-        deadline_s = self._deadline_s()
+        begin, deadline_s = time.monotonic(), self._deadline_s()
+        patience = tenacity.stop_after_attempt(3) if self.is_local else tenacity.stop_before_delay(deadline_s)
+
+        def gives_up(state: tenacity.RetryCallState) -> bool:
+            error = state.outcome.exception() if state.outcome else None
+            in_vain = may_be_checksums(error) and time.monotonic() - begin > FIRST_DEADLINE_S
+            return in_vain or patience(state)
+
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(is_fault),
             wait=tenacity.wait_random_exponential(multiplier=0.1, max=5),
-            stop=tenacity.stop_after_attempt(3) if self.is_local else tenacity.stop_before_delay(deadline_s),
+            stop=gives_up,
             reraise=True,
         )
         try:
@@ -189,20 +196,29 @@ class Store:
     def exists(self, name: str) -> bool:
         """Whether there is a file or folder of this name; "" is the store's own folder."""
         with as_user_error(self.describe(name)):
-            return bool(self._retry(lambda: self.fs.exists(self.path(name))))
+            return self._retry(lambda: self._exists(self.path(name)))
+
+    def _exists(self, path: str) -> bool:
+        if self.is_local or scheme_of(self.url) == "s3":
+            return bool(self.fs.exists(path))
+        try:
+            self.fs.info(path)  # fsspec's `exists` takes every error, also of the network, for a missing file
+        except FileNotFoundError:
+            return False
+        return True
 
     def names(self, prefix: str = "") -> list[str]:
         """Names of all files below the folder `prefix`, sorted; empty if it does not exist. Follows symbolic links.
 
         UserError if a folder cannot be read.
         """
+        if not self.is_local:
+            return list(self.sizes(prefix))
         try:
             with as_user_error(self.describe(prefix)):
-                path = self.path(prefix)
-                found = list(_walk(path)) if self.is_local else self._retry(lambda: list(self.fs.find(path)))
+                return sorted(map(self._name, walk(self.path(prefix))))
         except FileNotFoundError:
             return []
-        return sorted(map(self._name, found))
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """Size in bytes of each file that `names` lists, in the same order. UserError also for a broken symbolic link."""
@@ -210,24 +226,52 @@ class Store:
             with as_user_error(self.describe(prefix)):
                 root = self.path(prefix)
                 if self.is_local:
-                    found = {path: _size(path) for path in _walk(root)}
+                    found = {path: file_size(path) for path in walk(root)}
                 else:
-                    details = self._retry(lambda: self.fs.find(root, detail=True))
-                    found = {path: int(detail["size"]) for path, detail in details.items()}
+                    found = without_folder_markers(self._retry(lambda: self._find(root)))
         except FileNotFoundError:
             return {}
         return {self._name(path): found[path] for path in sorted(found)}
+
+    def _find(self, path: str) -> dict[str, int]:
+        """Sizes of all objects below a path."""
+        details = self.fs.find(path, detail=True)
+        return {
+            found: int(self.fs.size(found) if detail["size"] is None else detail["size"])
+            for found, detail in details.items()
+        }
 
     def entries(self, folders: bool) -> list[str]:
         """Names of the folders, or else of the files, directly in the store, sorted. FileNotFoundError if it does not exist."""
         with as_user_error(self.url):
             found = self._retry(lambda: self.fs.ls(self.root, detail=True))
+        folder_names = {self._name(e["name"]).rstrip("/") for e in found if e["type"] == "directory"} - {""}
+        if folders:
+            return sorted(folder_names)
+        files = {self._name(e["name"]): e["size"] for e in found if e["type"] != "directory"}
         return sorted(
-            self._name(e["name"]).rstrip("/") for e in found if (e["type"] == "directory") == folders
+            name
+            for name, size in files.items()
+            if name and not is_folder_marker(name, size) and not (size == 0 and name in folder_names)
         )
 
     def _name(self, path: str) -> str:
+        assert path.startswith(self.root), (path, self.root)
         return path.removeprefix(self.root).lstrip("/")
+
+    @contextmanager
+    def _if_writable(self) -> Iterator[None]:
+        """Raise UserError if a protocol of fsspec does not write."""
+        try:
+            yield
+        except NotImplementedError as error:
+            reason = "write to a local folder or a bucket"
+            raise UserError(f"{self.url} can be read, but not written: {reason}") from error
+
+    def check_writable(self) -> None:
+        """UserError if nothing can be written to stores of this kind."""
+        if reason := READ_ONLY.get(scheme_of(self.url)):
+            raise UserError(f"{self.url} can be read, but not written: {reason}")
 
     def write(self, name: str, data: bytes) -> None:
         """Create or replace a file atomically: readers see either all of the old bytes or all of the new ones."""
@@ -237,6 +281,7 @@ class Store:
     @contextmanager
     def staging(self, name: str) -> Iterator[Path]:
         """A temporary local file that becomes the file `name` when the block ends without an error."""
+        self.check_writable()
         target = self.path(name)
         with as_user_error(self.describe(name)):
             if self.is_local:
@@ -261,11 +306,19 @@ class Store:
 
     def _upload(self, file: str, target: str) -> None:
         """Upload a local file. Readers do not see the object before the upload is complete."""
-        if not self.url.startswith("s3://") or os.path.getsize(file) <= PART_BYTES:
+        scheme = scheme_of(self.url)
+        if scheme not in ATOMIC_SCHEMES:  # a file server, or a protocol that only reads
+            folder, partial = os.path.dirname(target), f"{os.path.dirname(target)}/{os.path.basename(file)}"
+            with self._if_writable():
+                self.fs.makedirs(folder, exist_ok=True)
+                self.fs.put_file(file, partial)
+                self.fs.mv(partial, target)
+            return
+        if scheme != "s3" or os.path.getsize(file) <= PART_BYTES:
             self.fs.put_file(file, target)
             return
         # s3fs retries a part that fails; our retry would send all parts again.
-        fs = fsspec.filesystem("s3", max_concurrency=PARTS, **_s3_options())
+        fs, _ = open_file_system(self.url, STALL_S, max_concurrency=PARTS)
         try:
             fs.put_file(file, target, chunksize=PART_BYTES)
         except FileNotFoundError as error:
@@ -285,7 +338,9 @@ class Store:
 
     def remove(self, names: list[str]) -> None:
         """Remove files, and local folders that this leaves empty."""
-        with as_user_error(self.url), ThreadPoolExecutor(1 if self.is_local else PARTS) as pool:
+        self.check_writable()
+        workers = ThreadPoolExecutor(1 if self.is_local else PARTS)
+        with as_user_error(self.url), self._if_writable(), workers as pool:
             list(pool.map(lambda path: self._retry(lambda: self.fs.rm_file(path)), map(self.path, names)))
         if self.is_local:  # object stores have no folders
             for folder in sorted({os.path.dirname(self.path(name)) for name in names}, reverse=True):
@@ -301,6 +356,7 @@ def absolute_url(url: str) -> str:
 
 def open_store(url: str, already_reached: bool = False) -> Store:
     """Open a local path or any URL that fsspec supports, such as s3://bucket/prefix with the usual AWS_ variables.
+    See `pipeline.storage.file_systems`.
 
     Args:
         already_reached: whether another process of this run has read or written the store. Then a store that does not
@@ -309,14 +365,12 @@ def open_store(url: str, already_reached: bool = False) -> Store:
 
     UserError if the URL is not valid.
     """
-    if url.startswith("s3://") and not url.removeprefix("s3://").strip("/"):
-        raise UserError(f"{url} has no bucket name: write s3://bucket/prefix")
+    scheme, _, rest = url.partition("://")
+    if scheme_of(url) in ("s3", "gs", "az") and not rest.removeprefix(ANONYMOUS).strip("/"):
+        raise UserError(f"{url} has no bucket name: write {scheme}://bucket/prefix")
     url = absolute_url(url)
-    try:
-        fs, root = fsspec.core.url_to_fs(url, **(_s3_options() if url.startswith("s3://") else {}))
-    except (ValueError, ImportError) as error:
-        raise UserError(f"{url}: {error}") from error
-    if url.startswith("s3://"):
+    fs, root = open_file_system(url, STALL_S)
+    if scheme_of(url) == "s3":
         fs.retries = 1  # attempts: `Store` retries
     store = Store(url, fs, root)
     if already_reached:
@@ -336,36 +390,3 @@ def open_shared(url: str, marker: str) -> Store:
             "shared file system or in a bucket"
         )
     return store
-
-
-def _size(path: str) -> int:
-    try:
-        return os.stat(path).st_size
-    except FileNotFoundError:
-        raise UserError(
-            f"{path} is a broken symbolic link, or was just removed: remove the link, or run the command again"
-        ) from None
-
-
-def _walk(folder: str) -> Iterator[str]:
-    """Paths of all files below a local folder. OSError if a folder cannot be read or does not exist."""
-
-    def refuse(error: OSError) -> None:
-        raise error
-
-    for root, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
-        folders[:] = [name for name in folders if not _is_loop(folder, root, name)]
-        yield from (os.path.join(root, name) for name in files)
-
-
-def _is_loop(top: str, folder: str, name: str) -> bool:
-    """Whether `name` is a link to a folder that contains it, on the way from `top` to `folder`: it would never end."""
-    path = os.path.join(folder, name)
-    if not os.path.islink(path):
-        return False
-    target = os.path.join(os.path.realpath(path), "")
-    while not os.path.join(os.path.realpath(folder), "").startswith(target):
-        if folder == top:
-            return False
-        folder = os.path.dirname(folder)  # after a link, this is not in the real path
-    return True

@@ -11,6 +11,11 @@ from pipeline.secrets import has_secret, names_secret, without_secrets
         ("s3://me:pass-word@host/shards", "s3://…@host/shards"),
         ("see s3://me@host/a, https://host/b", "see s3://…@host/a, https://host/b"),
         ("s3://me:p@ss-word@host/a", "s3://…@host/a"),
+        ("s3://anonymous@me:pass-word@host/a", "s3://…@host/a"),
+        (
+            "abfs://container:pass-word@account.dfs.core.windows.net/a",
+            "abfs://…@account.dfs.core.windows.net/a",
+        ),
         ("https://host/a?X-Amz-Signature=pass-word&part=1", "https://host/a?X-Amz-Signature=…&part=1"),
         ("https://host/a?part=1&access_token=pass-word'", "https://host/a?part=1&access_token=…'"),
         ("with AKIAABCDEFGHIJKLMNOP and", "with … and"),
@@ -29,6 +34,9 @@ def test_secrets_are_found_and_hidden(text: str, shown: str) -> None:
     "text",
     [
         "s3://bucket/photos@2026/shards",
+        "s3://anonymous@bucket/photos",
+        "see 's3://anonymous@bucket'",
+        "abfs://container@account.dfs.core.windows.net/photos",
         "synthetic:?count=4096&classes=10",
         "registry.example/maestream:1@sha256:0123",
         "Check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",

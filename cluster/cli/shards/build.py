@@ -117,6 +117,7 @@ def build(source: str, dest: str, **options: Any) -> None:
     from pipeline.loading.contact_sheet import draw_contact_sheet
 
     store = open_store(dest)
+    store.check_writable()
     build_options = BuildOptions(
         shard_bytes=int(options["shard_mb"] * 2**20),
         seed=options["seed"],
