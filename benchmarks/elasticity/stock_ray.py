@@ -73,7 +73,7 @@ def train_loop(job: dict[str, Any]) -> None:
                 group["lr"] = lr
             sums = pretrain_step(trained, optimizer, batch, config, worker)
             pending = [PendingStep(batch.step, batch.epoch, lr, batch.wait_s, batch.sample_ids, sums)]
-            losses, _ = read_losses(pending, config.global_batch, worker)
+            losses = read_losses(pending, config.global_batch, worker).loss
             row = {"attempt": attempt, "step": batch.step, "world_size": world_size, "loss": losses[0]}
             print(json.dumps(row), file=rows, flush=True)
             done = batch.step + 1

@@ -84,15 +84,16 @@ def order(dest: str, steps: str | None, rank: int, world_size: int, epoch: int, 
     )
     order = make_order(fix_order(config, dataset), dataset)
     for step in _steps(steps, order.steps_per_epoch):
-        ids = order.step_ids(epoch * order.steps_per_epoch + step, rank, world_size)
+        draws = order.step_draws(epoch * order.steps_per_epoch + step, rank, world_size)
+        ids = draws % order.samples
         located = dataset.locate(ids)
-        crops = random_resized_crops(order.seed, epoch, ids, located.height, located.width)
+        crops = random_resized_crops(order.seed, epoch, draws, located.height, located.width)
         line = {
             "step": step,
             "sample_ids": ids.tolist(),
             "keys": dataset.keys(ids),
             "crops": crops.tolist(),
-            "flips": random_flips(order.seed, epoch, ids).tolist(),
+            "flips": random_flips(order.seed, epoch, draws).tolist(),
         }
         click.echo(json.dumps(line))
 

@@ -19,7 +19,7 @@ from pipeline.build.synthetic import draw_scene
 from pipeline.dataset.manifest import NO_LABEL
 from pipeline.errors import UserError
 from pipeline.parallel import THREADS, map_ahead
-from pipeline.storage.store import open_store
+from pipeline.storage.mounts import open_tars
 from pipeline.text import plural
 
 T = TypeVar("T")
@@ -65,11 +65,11 @@ class RangeReader:
     @property
     def is_remote(self) -> bool:
         """Whether a read mostly waits for the network."""
-        return not open_store(self.url, already_reached=True).is_local
+        return not open_tars(self.url, already_reached=True).is_local
 
     def open(self) -> Callable[[Item], bytes]:
         """Return a function that reads the bytes of an image."""
-        store = open_store(self.url, already_reached=True)
+        store = open_tars(self.url, already_reached=True)
 
         def read(item: Item) -> bytes:
             try:

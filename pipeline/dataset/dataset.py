@@ -27,12 +27,14 @@ from pipeline.dataset.manifest import (
     SHARDS,
     SHARDS_SCHEMA,
     Manifest,
+    Part,
     fingerprint,
     index_name,
     read_file,
     read_shard_table,
 )
 from pipeline.errors import UserError
+from pipeline.storage.mounts import mounts_url, open_tars
 from pipeline.storage.parquet import parse_parquet, parse_parquet_column, read_parquet
 from pipeline.storage.store import Store, open_store
 
@@ -98,6 +100,24 @@ class Dataset:
     @property
     def samples(self) -> int:
         return self.manifest.samples
+
+    @functools.cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """The manifest's parts, or the whole dataset as one."""
+        return self.manifest.parts or (
+            Part(
+                name=self.store.url.rpartition("/")[2], url=self.shard_store.url, shards=self.manifest.shards
+            ),
+        )
+
+    @functools.cached_property
+    def part_starts(self) -> Ints:
+        """int64[parts + 1]: the id of each part's first sample, and the number of samples."""
+        return self.shard_starts[np.cumsum([0, *(part.shards for part in self.parts)])]
+
+    def part_of(self, sample_ids: Ints) -> Ints:
+        """The number of each sample's part: int64[n]."""
+        return np.searchsorted(self.part_starts, sample_ids, side="right") - 1
 
     @property
     def fingerprint(self) -> str:
@@ -270,10 +290,17 @@ def open_dataset(url: str, already_reached: bool = False) -> Dataset:
         raise UserError(
             f"{store.describe(SHARDS)} does not match {MANIFEST}: copy or build the dataset again"
         )
-    shard_store = open_store(manifest.shards_url, already_reached) if manifest.shards_url else store
+    shard_store = open_tars(tars_url(store.url, manifest), already_reached)
     identity = hashlib.sha256(text)
     identity.update(table)
     return Dataset(store, shard_store, manifest, shards, identity.hexdigest())
+
+
+def tars_url(url: str, manifest: Manifest) -> str:
+    """The URL (for `open_tars`) of the tars of the dataset at `url`."""
+    if manifest.parts:
+        return mounts_url({part.prefix: part.url or url for part in manifest.parts})
+    return manifest.shards_url or url
 
 
 def _is_consistent(manifest: Manifest, shards: pa.Table, contents: Iterable[pa.ChunkedArray]) -> bool:
@@ -283,5 +310,6 @@ def _is_consistent(manifest: Manifest, shards: pa.Table, contents: Iterable[pa.C
         and bool((samples >= 0).all() and (sizes >= 0).all())
         and int(samples.sum()) == manifest.samples
         and 0 <= manifest.image_bytes <= int(sizes.sum())
-        and fingerprint(contents) == manifest.fingerprint
+        and fingerprint(contents, manifest.parts) == manifest.fingerprint
+        and (not manifest.parts or sum(part.shards for part in manifest.parts) == manifest.shards)
     )

@@ -11,8 +11,9 @@ the order of shards.parquet; this number is the sample's id. The tars can be els
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from typing import Any, Literal
 
 import numpy as np
@@ -57,6 +58,27 @@ INDEX_SCHEMA = pa.schema(
 LabelKind = Literal["class", "classes", "numbers"]
 
 
+class Part(BaseModel):
+    """Shards that follow each other in the table of shards, with the same place of the tars and the same weight.
+
+    A dataset has parts if its tars are in several places, or are not all seen equally often.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str  # in metrics
+    url: str | None  # of the folder with the tars; None: that of the manifest
+    shards: int
+    # First folder of the shards' names in the table, in front of their names below `url`; "" for none.
+    prefix: str = ""
+    weight: str = "1"  # how often each sample is seen per epoch: "3", "0.5" or "1/3"
+
+    @property
+    def times(self) -> Fraction:
+        """The weight as a number."""
+        return Fraction(self.weight)
+
+
 class Manifest(BaseModel):
     """The contents of manifest.json.
 
@@ -77,6 +99,17 @@ class Manifest(BaseModel):
     shards_url: str | None = None  # where the tars are, if not beside this file
     labels: LabelKind = "class"
     pixels: Pixels = RGB
+    parts: tuple[Part, ...] = ()  # instead of `shards_url`, see `Part`
+
+    @property
+    def has_tars(self) -> bool:
+        """Whether tars of the dataset are in its own folder."""
+        return any(part.url is None for part in self.parts) if self.parts else self.shards_url is None
+
+    @property
+    def weighted(self) -> bool:
+        """Whether some samples are seen more or less often than once per epoch."""
+        return any(part.times != 1 for part in self.parts)
 
     def to_json(self) -> bytes:
         """The file's text."""
@@ -90,7 +123,7 @@ class Manifest(BaseModel):
         return {name for name in VERSION_2_KEYS if getattr(self, name) != fields[name].default}
 
 
-VERSION_2_KEYS = {"labels", "pixels"}
+VERSION_2_KEYS = {"labels", "pixels", "parts"}
 
 
 INDEX_ROW = np.dtype(
@@ -137,16 +170,19 @@ def content_digest(index: pa.Table) -> str:
     return hashlib.sha256(json.dumps([list(row.values()) for row in rows]).encode()).hexdigest()
 
 
-def fingerprint(contents: Iterable[pa.ChunkedArray]) -> str:
-    """The dataset's identity: SHA-256 over the content digests of its shards, in order.
+def fingerprint(contents: Iterable[pa.ChunkedArray], parts: Sequence[Part] = ()) -> str:
+    """The dataset's identity: SHA-256 over the content digests of its shards, in order, and over the weights if they differ
+    from 1.
 
-    Independent of paths, dates and tool versions. The digests come in parts, because a million Python strings take
+    Independent of paths, dates and tool versions. The digests come in pieces, because a million Python strings take
     120 MB.
     """
     digest = hashlib.sha256()
     for nth, part in enumerate(contents):
         lines = "\n".join(part.to_pylist())
         digest.update(("\n" + lines if nth else lines).encode())
+    if any(part.times != 1 for part in parts):
+        digest.update(json.dumps([[part.shards, str(part.times)] for part in parts]).encode())
     return digest.hexdigest()
 
 
@@ -161,17 +197,18 @@ def write_dataset(
     shards_url: str | None = None,
     labels: LabelKind = "class",
     pixels: Pixels = RGB,
+    parts: Sequence[Part] = (),
 ) -> Manifest:
     """Write the table of shards, then the manifest. The manifest makes it a dataset, so the tars and indexes come first.
 
     Args:
         shards: SHARDS_SCHEMA.
-        image_bytes, classes, built, checksums, shards_url, labels, pixels: see `Manifest`.
+        image_bytes, classes, built, checksums, shards_url, labels, pixels, parts: see `Manifest`.
     """
     manifest = Manifest(
         format_version=1,
         fingerprint=fingerprint(
-            shards["content"].slice(start, PART_ROWS) for start in range(0, len(shards), PART_ROWS)
+            (shards["content"].slice(start, PART_ROWS) for start in range(0, len(shards), PART_ROWS)), parts
         ),
         samples=int(shards["samples"].to_numpy().sum()),
         shards=len(shards),
@@ -182,6 +219,7 @@ def write_dataset(
         shards_url=shards_url,
         labels=labels,
         pixels=pixels,
+        parts=tuple(parts),
     )
     if manifest.version_2_keys():
         manifest = manifest.model_copy(update={"format_version": 2})

@@ -24,6 +24,7 @@ from pipeline.dataset.verify import VerifyJob, find_damage, verify_jobs
 from pipeline.dataset.webdataset import scan_shard
 from pipeline.errors import UserError
 from pipeline.parallel import ParallelMap
+from pipeline.storage.mounts import open_tars
 from pipeline.storage.parquet import to_parquet
 from pipeline.storage.store import Store, open_shared, open_store
 from pipeline.text import plural
@@ -60,8 +61,8 @@ def repair(url: str, run: ParallelMap = map, on_shard: Callable[[], None] = lamb
             result.unrepaired.append(f"{found.problems[0]}; build it again from {source}")
         elif found.index_ok:
             result.unrepaired += found.problems
-        elif "view" in dataset.manifest.built:
-            again = f"make the view again: `maestream shards view {dataset.manifest.built['view']} {store.url} --overwrite …`"
+        elif made := {"view", "mix"} & dataset.manifest.built.keys():
+            again = f"make it again with `maestream shards {made.pop()} … {store.url} --overwrite`"
             result.unrepaired += [f"{problem}; {again}" for problem in found.problems]
         else:
             job = next(job for job in verify_jobs(dataset) if job.name == found.name)
@@ -70,7 +71,7 @@ def repair(url: str, run: ParallelMap = map, on_shard: Callable[[], None] = lamb
 
 
 def _repair_index(job: VerifyJob, result: RepairResult) -> None:
-    index, _ = _index_of_tar(open_store(job.shard_store), job.name, job.checksums, job.classes)
+    index, _ = _index_of_tar(open_tars(job.shard_store), job.name, job.checksums, job.classes)
     name = index_name(job.name)
     if content_digest(index) != job.content:
         result.unrepaired.append(

@@ -13,6 +13,7 @@ from pipeline.dataset.image_check import check_image
 from pipeline.dataset.manifest import INDEX_SCHEMA, MANIFEST, content_digest, index_name
 from pipeline.errors import UserError
 from pipeline.parallel import ParallelMap
+from pipeline.storage.mounts import open_tars
 from pipeline.storage.parquet import parse_parquet
 from pipeline.storage.store import PART_BYTES, open_shared, open_store
 
@@ -97,7 +98,7 @@ def _verify_tar(job: VerifyJob, found: ShardProblems, rows: list[dict[str, Any]]
 
     Problems of the tar itself go into `found`.
     """
-    store, digest = open_store(job.shard_store, already_reached=True), hashlib.sha256()
+    store, digest = open_tars(job.shard_store, already_reached=True), hashlib.sha256()
     size = store.size(job.name)
     if size != job.bytes:
         found.problems.insert(0, f"{job.name}: {size} bytes, but the manifest says {job.bytes}")

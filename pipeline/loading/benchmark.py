@@ -203,8 +203,8 @@ def measure_floor(
     Raises UserError if none of them can be decoded.
     """
     steps = range(min(order.steps_per_epoch, -(-FLOOR_IMAGES // order.global_batch)))
-    ids = np.concatenate([order.step_ids(step) for step in steps])[:FLOOR_IMAGES]
-    fit = np.cumsum(dataset.locate(ids).size) <= FLOOR_BYTES
+    ids = np.concatenate([order.step_draws(step) for step in steps])[:FLOOR_IMAGES]
+    fit = np.cumsum(dataset.locate(ids % dataset.samples).size) <= FLOOR_BYTES
     samples = read_samples(dataset, ids[: max(int(fit.sum()), 1)])
     boxes = random_resized_crops(order.seed, 0, samples.ids, samples.located.height, samples.located.width)
     flips = random_flips(order.seed, 0, samples.ids)

@@ -28,6 +28,7 @@ from pipeline.errors import UserError
 from pipeline.loading.disk_cache import DiskCache
 from pipeline.loading.fetch_client import MISSING, WARNING, Range, send_answer
 from pipeline.storage import store as storage
+from pipeline.storage.mounts import open_tars
 from pipeline.storage.store import open_store
 
 # Number of reads at the same time; they mostly wait. Large reads from an object store are held in this process's memory
@@ -70,7 +71,7 @@ class FetchServer:
         self, answers: socket.socket, shards_url: str, indexes_url: str, disk_cache: dict[str, Any] | None
     ) -> None:
         self.answers = answers
-        self.store = open_store(shards_url, already_reached=True)
+        self.store = open_tars(shards_url, already_reached=True)
         self.index_store = open_store(indexes_url, already_reached=True)
         self.cache = DiskCache(**disk_cache) if disk_cache else None
         self.buffers: dict[int, mmap.mmap] = {}

@@ -34,7 +34,7 @@ from collections import deque
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -74,9 +74,18 @@ class Batch:
     weights: torch.Tensor  # float32[n]: 1, or 0 for a bad sample, whose image is zeros
     bad: dict[int, str]  # position of a bad sample → the reason
     stage_times: StageTimes  # thread-seconds spent on making this batch
+    # Of a mix whose epochs take some samples several times: int64[n], see `Order.draws`. Otherwise None.
+    draws: torch.Tensor | None = None
+    # Of a dataset with parts (`pipeline.dataset.manifest.Part`): float64[n, names], 1 in the column of the sample's part.
+    parts: torch.Tensor | None = None
+
+    @property
+    def random_ids(self) -> torch.Tensor:
+        """int64[n]: what random numbers of a sample depend on, with the epoch. Each differs from all others of the epoch."""
+        return self.sample_ids if self.draws is None else self.draws
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainBatch(Batch):
     """A worker's part of the global batch of an optimizer step."""
 
@@ -119,14 +128,21 @@ class Loader:
         self.world_size = world_size
         self.disk_cache = disk_cache
         self.fetcher: Fetcher | None = None  # of the latest call of `steps`
+        # The names of a mix's parts, several parts may have one; and the place in these names of each part.
+        self.part_names = list(dict.fromkeys(part.name for part in dataset.manifest.parts))
+        if len(self.part_names) == 1:
+            self.part_names = []
+        self.part_columns = [
+            self.part_names.index(part.name) for part in dataset.manifest.parts if self.part_names
+        ]
         # Two blocks of each lane, the one in use and the next, each with a chunk more at its ends.
         lanes = len(order.lanes_of(rank, world_size))
         self.readahead_bytes = 2 * lanes * (int(order.block * dataset.mean_read_bytes) + CHUNK_BYTES)
 
     def batch(self, step: int) -> Batch:
         """The batch of optimizer step `step`, counted from 0 over all epochs."""
-        ids = self.order.step_ids(step, self.rank, self.world_size)
-        return _on_current_stream(self._decode(step, read_samples(self.dataset, ids)))
+        draws = self.order.step_draws(step, self.rank, self.world_size)
+        return _on_current_stream(self._decode(step, read_samples(self.dataset, draws)))
 
     def steps(self, start: int, stop: int) -> Generator[TrainBatch, None, None]:
         """The batches of steps `start` to `stop` − 1, made ahead by threads: one reads, CONCURRENT_DECODES decode."""
@@ -187,7 +203,7 @@ class Loader:
     def _decode(self, step: int, samples: Samples) -> Batch:
         epoch = step // self.order.steps_per_epoch
         located = samples.located
-        seed, ids, height, width = self.order.seed, samples.ids, located.height, located.width
+        seed, ids, height, width = self.order.seed, samples.draws, located.height, located.width
         if self.crops == "random":
             boxes = random_resized_crops(seed, epoch, ids, height, width, self.crop_area)
         elif self.crops == "fixed":
@@ -195,7 +211,16 @@ class Loader:
         else:
             boxes = centre_crops(height, width, CENTRE, aspect_of(self.decoder))
         flips = random_flips(seed, epoch, ids) if self.flips else np.zeros(len(ids), bool)
-        return decode_batch(self.dataset, self.decoder, samples, boxes, flips)
+        batch = decode_batch(self.dataset, self.decoder, samples, boxes, flips)
+        draws = torch.from_numpy(samples.draws) if self.order.weights else None
+        return replace(batch, draws=draws, parts=self._parts(samples.ids))
+
+    def _parts(self, ids: Ints) -> torch.Tensor | None:
+        """See `Batch.parts`."""
+        if not self.part_columns:
+            return None
+        columns = torch.tensor(self.part_columns)[torch.from_numpy(self.dataset.part_of(ids))]
+        return torch.nn.functional.one_hot(columns, len(self.part_names)).double()
 
     def close(self) -> None:
         self.decoder.close()

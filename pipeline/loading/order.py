@@ -25,6 +25,10 @@ Why it is like this:
 - The rotation changes which samples are dropped and where lanes begin, even with a single shard.
 - The first block of lane v is shortened by an amount that depends on v, so that the lanes do not all need their next
   block at the same step.
+- In a mix with weights, an epoch takes some samples several times, or not at all: `pipeline.loading.weighted` says which. Step 1
+  then shuffles pieces of shards, N is the number of samples that an epoch takes, and "once" becomes: over epochs in a row, each sample
+  is taken as often as its weight says, but for what is dropped. If an epoch takes a sample several times, each time has a number
+  of its own (`draws`), so that crops and masks differ.
 - All randomness is a hash of counters (`pipeline.hashing`), so any step is computed directly: O(shards) once per epoch,
   O(log shards) per sample after that.
 """
@@ -38,10 +42,11 @@ import numpy as np
 from pipeline.arrays import Ints
 from pipeline.errors import UserError
 from pipeline.hashing import hash64
+from pipeline.loading.weighted import Row, Weight, epoch_length, weighted_row
 
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 # Each use of the hash has its own stream number, so that the same (seed, epoch) gives unrelated values.
-SHARD_STREAM, BLOCK_STREAM, ROTATION_STREAM = 1, 2, 3
+SHARD_STREAM, BLOCK_STREAM, ROTATION_STREAM = 1, 2, 3  # and those of `pipeline.loading.weighted`
 
 
 def default_lanes(global_batch: int) -> int:
@@ -72,6 +77,7 @@ class Order:
         global_batch: B, samples per step over all workers.
         lanes: V; must divide B.
         block: K, samples of a lane that are shuffled together.
+        weights: of all shards in turn, if samples are not all taken once per epoch.
 
     Raises UserError if V does not divide B, or the dataset has fewer than B samples.
     """
@@ -81,6 +87,7 @@ class Order:
     global_batch: int
     lanes: int
     block: int
+    weights: tuple[Weight, ...] = ()
 
     def __post_init__(self) -> None:
         if self.global_batch % self.lanes:
@@ -88,16 +95,28 @@ class Order:
                 f"the global batch ({self.global_batch}) is not divisible by the lanes ({self.lanes}): "
                 f"choose a number of lanes that divides it, for example {default_lanes(self.global_batch)}"
             )
-        if self.samples < self.global_batch:
+        if self.epoch_samples < self.global_batch:
+            what = "an epoch" if self.weights else "the dataset"
             raise UserError(
-                f"the dataset has {self.samples} samples, fewer than one global batch of {self.global_batch}: "
+                f"{what} has {self.epoch_samples} samples, fewer than one global batch of {self.global_batch}: "
                 "lower global_batch or use a larger dataset"
             )
 
     @functools.cached_property
     def samples(self) -> int:
-        """N, samples in the dataset."""
+        """Samples in the dataset."""
         return int(self.shard_samples.sum())
+
+    @functools.cached_property
+    def epoch_samples(self) -> int:
+        """N: the samples of the dataset, or the fewest that an epoch of a mix takes."""
+        return epoch_length(self.shard_samples, self.weights) if self.weights else self.samples
+
+    @functools.cached_property
+    def most_draws(self) -> int:
+        """Draws of an epoch are less than this number."""
+        visits = max((math.ceil(weight.times) + 1 for weight in self.weights), default=1)
+        return visits * self.samples
 
     @functools.cached_property
     def first_ids(self) -> Ints:
@@ -107,7 +126,7 @@ class Order:
     @property
     def steps_per_epoch(self) -> int:
         """⌊N / B⌋."""
-        return self.samples // self.global_batch
+        return self.epoch_samples // self.global_batch
 
     @property
     def per_lane(self) -> int:
@@ -125,21 +144,24 @@ class Order:
         Steps of N times the golden ratio give a different rotation in each of N epochs, evenly spread, so that the
         dropped tail moves even when there is one shard.
         """
-        stride = max(1, round(self.samples * GOLDEN_RATIO))
-        while math.gcd(stride, self.samples) != 1:
+        length = epoch_length(self.shard_samples, self.weights, epoch) if self.weights else self.samples
+        stride = max(1, round(length * GOLDEN_RATIO))
+        while math.gcd(stride, length) != 1:
             stride += 1
-        return (int(hash64(self.seed, ROTATION_STREAM)) + epoch * stride) % self.samples
+        return (int(hash64(self.seed, ROTATION_STREAM)) + epoch * stride) % length
 
-    def row(self, epoch: int) -> tuple[Ints, Ints]:
-        """The epoch's shards in their shuffled order, and the place in the row (before rotation) where each begins:
-        int64[shards] both."""
+    def row(self, epoch: int) -> Row:
+        """The epoch's samples before rotation: the shards in their shuffled order, or pieces of them in a mix."""
+        if self.weights:
+            return weighted_row(self.shard_samples, self.weights, self.seed, epoch)
         shards = np.arange(len(self.shard_samples))
         order = np.argsort(hash64(self.seed, SHARD_STREAM, epoch, shards), kind="stable")
         sizes = self.shard_samples[order]
-        return order, np.cumsum(sizes) - sizes
+        zeros = np.zeros_like(order)
+        return Row(order, zeros, np.cumsum(sizes) - sizes, zeros, self.samples)
 
     @functools.cached_property
-    def _rows(self) -> "functools._lru_cache_wrapper[tuple[Ints, Ints]]":
+    def _rows(self) -> "functools._lru_cache_wrapper[Row]":
         return functools.lru_cache(maxsize=2)(self.row)  # O(shards), once per epoch
 
     def lane_places(self, epoch: int, lanes: Ints, positions: Ints) -> Ints:
@@ -182,18 +204,28 @@ class Order:
 
     def sample_ids(self, epoch: int, lanes: Ints, positions: Ints) -> Ints:
         """The ids of the samples at `positions` of `lanes` in an epoch, see `lane_places`: int64[l, p]."""
+        return self.draws(epoch, lanes, positions) % self.samples
+
+    def draws(self, epoch: int, lanes: Ints, positions: Ints) -> Ints:
+        """Like `sample_ids`, but with a number of its own for each time that the epoch takes a sample: id + k · samples, where
+        k is 0 except in a mix, see `Row.visit`. No two of an epoch are equal."""
+        row = self._rows(epoch)
         places = lanes[:, None] * self.lane_length + self.lane_places(epoch, lanes, positions)
-        places = (places + self.rotation(epoch)) % self.samples
-        shards, begins = self._rows(epoch)
-        nth = np.searchsorted(begins, places, side="right") - 1
-        return self.first_ids[shards[nth]] + places - begins[nth]
+        places = (places + self.rotation(epoch)) % row.length
+        nth = np.searchsorted(row.begin, places, side="right") - 1
+        ids = self.first_ids[row.shard[nth]] + row.first[nth] + places - row.begin[nth]
+        return ids + row.visit[nth] * self.samples
 
     def step_ids(self, step: int, rank: int = 0, world_size: int = 1) -> Ints:
         """The ids of the samples that worker `rank` of `world_size` trains on at optimizer step `step` (counted from 0
         over all epochs), lane by lane: int64[number of its lanes · B / V]."""
+        return self.step_draws(step, rank, world_size) % self.samples
+
+    def step_draws(self, step: int, rank: int = 0, world_size: int = 1) -> Ints:
+        """Like `step_ids`, but with the numbers of `draws`."""
         epoch, step = divmod(step, self.steps_per_epoch)
         positions = np.arange(step * self.per_lane, (step + 1) * self.per_lane)
-        return self.sample_ids(epoch, self.lanes_of(rank, world_size), positions).ravel()
+        return self.draws(epoch, self.lanes_of(rank, world_size), positions).ravel()
 
     def lanes_of(self, rank: int, world_size: int) -> Ints:
         """The lanes of one worker: int64[l]. UserError if there are more workers than lanes."""

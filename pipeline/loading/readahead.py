@@ -53,6 +53,7 @@ class Samples:
     encoded: list[Encoded]  # n image files
     changed: list[int]  # positions of samples whose bytes do not match the index's crc32c
     stage_times: StageTimes  # of storage and reading; zero from `read_samples`
+    draws: Ints  # int64[n], see `Order.draws`; `ids` for evaluations
 
 
 @dataclass
@@ -114,7 +115,7 @@ class Reader:
         self.held_bytes = 0  # of blocks that are requested and not used up
         self.places: dict[
             int, tuple[Block, int]
-        ] = {}  # epoch · N + sample id → its block, and its position in it
+        ] = {}  # epoch · most_draws + draw → its block, and its position in it
         self.indexes: dict[int, Future[memoryview]] = {}  # shard → its index, requested but not used yet
         self.waited_s = 0.0  # for storage, in all
 
@@ -123,9 +124,10 @@ class Reader:
         begin, waited_s = time.perf_counter(), self.waited_s
         # Read nothing else before the first step is complete: the device waits for it.
         self._request(step, ahead=step > self.start)
-        ids = self.order.step_ids(step, self.rank, self.world_size)
-        first = step // self.order.steps_per_epoch * self.order.samples
-        taken = [self.places.pop(first + i) for i in ids.tolist()]
+        draws = self.order.step_draws(step, self.rank, self.world_size)
+        ids = draws % self.order.samples
+        first = step // self.order.steps_per_epoch * self.order.most_draws
+        taken = [self.places.pop(first + draw) for draw in draws.tolist()]
         wait_begin = time.perf_counter()
         encoded: list[Encoded] = [block.sample(i) for block, i in taken]
         self.waited_s += time.perf_counter() - wait_begin
@@ -143,7 +145,7 @@ class Reader:
         changed = self._check(located, encoded)
         storage_s = self.waited_s - waited_s
         stage_times = StageTimes(storage=storage_s, read=time.perf_counter() - begin - storage_s)
-        return Samples(ids, located, encoded, changed, stage_times)
+        return Samples(ids, located, encoded, changed, stage_times, draws)
 
     def _request(self, step: int, ahead: bool) -> None:
         """Request the blocks that `step` needs and, with `ahead`, later ones as far as `readahead_bytes` allows."""
@@ -167,35 +169,35 @@ class Reader:
         epoch, within = divmod(step, order.steps_per_epoch)
         end = (within + 1) * order.per_lane
         until = self.planned_until.copy() if within else np.zeros_like(self.planned_until)
-        groups: list[Ints] = []  # sample ids that are read together
+        groups: list[Ints] = []  # draws that are read together
         if step == self.start:
             # Of the first step only its own samples, so that it is complete soon; the rest of their blocks later.
-            groups.append(order.step_ids(step, self.rank, self.world_size))
+            groups.append(order.step_draws(step, self.rank, self.world_size))
             until = np.full_like(until, end)
         while (behind := np.flatnonzero(until < end)).size:
             ends = order.block_ends(self.lanes[behind], until[behind])
             for lane, a, b in zip(self.lanes[behind], until[behind].tolist(), ends.tolist(), strict=True):
-                groups.append(order.sample_ids(epoch, np.array([lane]), np.arange(a, b))[0])
+                groups.append(order.draws(epoch, np.array([lane]), np.arange(a, b))[0])
             until[behind] = ends
         if not self._indexes_ready(groups, wait):
             return False
         self.planned_until = until
         if not groups:
             return True
-        groups = [np.sort(ids) for ids in groups]
+        groups = [draws[np.argsort(draws % order.samples, kind="stable")] for draws in groups]
         # Look up all of them in one call: then each index is parsed only once, even if not all fit into memory.
-        together = self.dataset.locate(np.concatenate(groups), self._index)
-        ends = np.cumsum([len(ids) for ids in groups])
-        for ids, end in zip(groups, ends.tolist(), strict=True):
-            here = slice(end - len(ids), end)
+        together = self.dataset.locate(np.concatenate(groups) % order.samples, self._index)
+        ends = np.cumsum([len(draws) for draws in groups])
+        for draws, end in zip(groups, ends.tolist(), strict=True):
+            here = slice(end - len(draws), end)
             block = self._block(step, Located(together.shard[here].copy(), together.row[here].copy()))
             self.queue.append(block)
-            first = epoch * order.samples
-            self.places |= {first + sample: (block, i) for i, sample in enumerate(ids.tolist())}
+            first = epoch * order.most_draws
+            self.places |= {first + draw: (block, i) for i, draw in enumerate(draws.tolist())}
         return True
 
     def _indexes_ready(self, groups: list[Ints], wait: bool) -> bool:
-        shards = self.dataset.shards_of(np.concatenate(groups)) if groups else []
+        shards = self.dataset.shards_of(np.concatenate(groups) % self.order.samples) if groups else []
         for shard in shards:
             if not self.dataset.has_index(shard):
                 self._request_index(shard)
@@ -311,12 +313,13 @@ def _read_run(dataset: Dataset, located: Located, rows: range) -> list[Encoded]:
     return [data[offset : offset + size] for offset, size in spans]
 
 
-def read_samples(dataset: Dataset, ids: Ints) -> Samples:
-    """Read any samples (ids: int64[n]) directly from storage, for pictures and evaluations. Samples that are stored
+def read_samples(dataset: Dataset, draws: Ints) -> Samples:
+    """Read any samples (ids, or draws of an order: int64[n]) directly from storage, for pictures and evaluations. Samples that are stored
     next to each other are read together. UserError if a shard is missing or storage refuses for good."""
-    located = dataset.locate(ids)
+    located = dataset.locate(np.asarray(draws, np.int64) % dataset.samples)
     runs = READ_POOL.map(lambda rows: _read_run(dataset, located, rows), _contiguous_runs(located))
     encoded = [data for run in runs for data in run]
     expected = located.crc32c.tolist() if dataset.manifest.checksums else []
     changed = [i for i, crc in enumerate(expected) if crc32c(encoded[i]) != crc]
-    return Samples(np.asarray(ids, np.int64), located, encoded, changed, StageTimes())
+    ids = np.asarray(draws, np.int64) % dataset.samples
+    return Samples(ids, located, encoded, changed, StageTimes(), np.asarray(draws, np.int64))

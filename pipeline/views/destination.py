@@ -6,16 +6,20 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 
 from pipeline.dataset.dataset import Dataset, open_dataset
-from pipeline.dataset.manifest import BUILDING, MANIFEST, SHARDS, index_name
+from pipeline.dataset.manifest import BUILDING, MANIFEST, SHARDS, Part, index_name
 from pipeline.errors import UserError
 from pipeline.storage.parquet import to_parquet
-from pipeline.storage.store import Store
+from pipeline.storage.store import Store, open_store
 
 
 def check_destination(to: Store, sources: list[Dataset], overwrite: bool) -> None:
     """UserError if a dataset made of `sources` cannot be written to `to`. Writes nothing."""
     for source in sources:
-        for place, what in ((source.store, "the source"), (source.shard_store, "the folder of the tars")):
+        tars = {part.url for part in source.parts if part.url}
+        for place, what in (
+            (source.store, "the source"),
+            *((open_store(url), "the folder of the tars") for url in tars),
+        ):
             if _is_inside(to, place):
                 raise UserError(f"{to.url} is {what}, or in it: choose a destination outside of {place.url}")
     if to.exists(BUILDING):
@@ -24,7 +28,7 @@ def check_destination(to: Store, sources: list[Dataset], overwrite: bool) -> Non
         return
     if not overwrite:
         raise UserError(f"{to.url} already has a dataset: add --overwrite, or choose another destination")
-    if open_dataset(to.url).manifest.shards_url is None:
+    if open_dataset(to.url).manifest.has_tars:
         raise UserError(
             f"{to.url} is a dataset with tars of its own, and --overwrite would leave them without a manifest: choose "
             "another destination"
@@ -37,6 +41,11 @@ def _is_inside(inner: Store, outer: Store) -> bool:
         a, b = os.path.realpath(inner.root), os.path.realpath(outer.root)
         return a == b or a.startswith(b.rstrip("/") + "/")
     return inner.url == outer.url or inner.url.startswith(outer.url + "/")
+
+
+def parts_elsewhere(source: Dataset) -> list[Part]:
+    """The parts of a dataset, as a dataset in another folder needs them: all with the URL of their tars."""
+    return [part.model_copy(update={"url": part.url or source.store.url}) for part in source.parts]
 
 
 @dataclass

@@ -19,6 +19,7 @@ from pipeline.dataset.manifest import (
     NO_LABEL,
     SHARDS_SCHEMA,
     Manifest,
+    Part,
     content_digest,
     write_dataset,
 )
@@ -28,7 +29,7 @@ from pipeline.storage.parquet import read_parquet, to_parquet
 from pipeline.storage.store import TEMPORARY, Store, open_store
 from pipeline.text import plural
 from pipeline.views.condition import Condition
-from pipeline.views.destination import IndexWriter, check_destination
+from pipeline.views.destination import IndexWriter, check_destination, parts_elsewhere
 
 THREADS = 16  # more than cores, because they mostly wait for small reads
 Mask = npt.NDArray[np.bool_]
@@ -134,12 +135,24 @@ def make_view(
         source.manifest.classes,
         {"view": source.store.url, **selection.built()},
         checksums=source.manifest.checksums,
-        shards_url=source.shard_store.url,
+        shards_url=None if source.manifest.parts else source.shard_store.url,
+        parts=_parts(source, chosen) if source.manifest.parts else (),
         labels=source.manifest.labels,
         pixels=source.manifest.pixels,
     )
     classes = set[int]().union(*(row["labels"] for row in rows_written))
     return ViewResult(manifest, writer.end(), sorted(drop - found), len(classes))
+
+
+def _parts(source: Dataset, chosen: list[Mask]) -> list[Part]:
+    """The parts of a view of a dataset with parts: their shards that have samples in the view."""
+    ends = np.cumsum([part.shards for part in source.parts]).tolist()
+    counts = [
+        sum(bool(mask.any()) for mask in chosen[end - part.shards : end])
+        for part, end in zip(source.parts, ends, strict=True)
+    ]
+    parts = zip(parts_elsewhere(source), counts, strict=True)
+    return [part.model_copy(update={"shards": count}) for part, count in parts if count]
 
 
 def _choose(source: Dataset, ranks: list[npt.NDArray[np.uint64]], selection: Selection) -> list[Mask]:

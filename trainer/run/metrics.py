@@ -46,7 +46,7 @@ class Metrics:
         """Write rows of metrics, one for each step."""
         append_lines(self.rows, rows)
         for row in rows:
-            for name in SCALARS & row.keys():
+            for name in row.keys() & SCALARS | {name for name in row if name.startswith("loss/")}:
                 self.tensorboard.add_scalar(name, row[name], row["step"])
             for part, share in row.get("time", {}).items():  # rows of older versions do not have it
                 self.tensorboard.add_scalar(f"time/{part}", share, row["step"])

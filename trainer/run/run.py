@@ -31,6 +31,7 @@ from pipeline.dataset.dataset import Dataset
 from pipeline.errors import UserError
 from pipeline.loading.disk_cache import CHUNK_BYTES
 from pipeline.loading.order import Order, default_block, default_lanes
+from pipeline.loading.weighted import Weight
 from pipeline.storage.store import TEMPORARY, Store, open_store
 from trainer.config.recipe import CONFIG_TYPES, ConfigT, differences, dump_config, parse_config
 from trainer.config.schema import InitConfig, LabelledRunConfig, RunConfig
@@ -85,8 +86,11 @@ def make_order(config: RunConfig, dataset: Dataset) -> Order:
     """Make the order of samples from a config that `fix_order` returned."""
     assert config.data.lanes is not None
     assert config.data.block is not None
+    weights = (
+        tuple(Weight(part.shards, part.times) for part in dataset.parts) if dataset.manifest.weighted else ()
+    )
     return Order(
-        dataset.shard_samples, config.seed, config.global_batch, config.data.lanes, config.data.block
+        dataset.shard_samples, config.seed, config.global_batch, config.data.lanes, config.data.block, weights
     )
 
 

@@ -141,7 +141,7 @@ def finetune_step(
     per_lane = config.global_batch // config.data.lanes
 
     def losses(part: Batch, rows: slice) -> torch.Tensor:
-        ids, weights = batch.sample_ids[rows].numpy(), batch.weights[rows].numpy()  # on the host
+        ids, weights = batch.random_ids[rows].numpy(), batch.weights[rows].numpy()  # on the host
         with torch.autocast(
             worker.device.type, enabled=False
         ):  # bf16 sampling grids are off by a quarter of a pixel
@@ -150,7 +150,7 @@ def finetune_step(
                 part, targets, ids, weights, model, config.mixing, config.seed, batch.epoch, per_lane
             )
         kept = (
-            model.drop_path_scales(config.seed, batch.epoch, part.sample_ids)
+            model.drop_path_scales(config.seed, batch.epoch, part.random_ids)
             if config.model.drop_path
             else None
         )

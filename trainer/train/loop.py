@@ -113,13 +113,13 @@ def train(
             continue
 
         # ---- read the losses of all pending steps; every rank gets the same
-        losses, bad = read_losses(pending, config.global_batch, worker)
-        _check_losses(pending, losses)
-        if any(bad):
+        losses = read_losses(pending, config.global_batch, worker, loader.part_names)
+        _check_losses(pending, losses.loss)
+        if any(losses.bad):
             bad_samples.check()
         now = time.perf_counter()
         worker.timer.mark("other")
-        rows = metric_rows(pending, losses, bad, now - logged_at, config.global_batch, run.attempt, worker)
+        rows = metric_rows(pending, losses, now - logged_at, config.global_batch, run.attempt, worker)
         rows[-1]["cache_hit_rate"] = loader.cache_hit_rate()
         pending.clear()
 

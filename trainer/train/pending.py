@@ -3,6 +3,7 @@
 Reading a loss waits for the device, so the losses of several steps are read together.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,23 +24,37 @@ class PendingStep:
     lr: float
     wait_s: float  # seconds that it waited for data
     sample_ids: torch.Tensor  # int64[n], this worker's
-    sums: torch.Tensor  # float64[2] on the device, see `trainer.train.step.train_step`
+    sums: torch.Tensor  # float64 on the device, see `trainer.train.step.train_step`
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Of each pending step, over all workers."""
+
+    loss: list[float]
+    bad: list[int]  # number of bad samples
+    # The mean loss of the samples of each part of the dataset that the step has samples of; empty for a dataset without parts.
+    by_part: list[dict[str, float]]
 
 
 def read_losses(
-    pending: list[PendingStep], global_batch: int, worker: Worker
-) -> tuple[list[float], list[int]]:
-    """Return the global loss and the number of bad samples of each pending step. Call it on every rank; all get the same."""
+    pending: list[PendingStep], global_batch: int, worker: Worker, part_names: Sequence[str] = ()
+) -> Losses:
+    """Return the global losses of the pending steps. Call it on every rank; all get the same."""
     sums = torch.stack([step.sums for step in pending])
     if worker.world_size > 1:
         dist.all_reduce(sums)
-    return (sums[:, 0] / global_batch).tolist(), sums[:, 1].int().tolist()
+    per_part, counts = sums[:, 2:].tensor_split(2, dim=1)
+    by_part = [
+        {name: loss / n for name, loss, n in zip(part_names, *row, strict=True) if n}
+        for row in zip(per_part.tolist(), counts.tolist(), strict=True)
+    ]
+    return Losses((sums[:, 0] / global_batch).tolist(), sums[:, 1].int().tolist(), by_part)
 
 
 def metric_rows(
     pending: list[PendingStep],
-    losses: list[float],
-    bad: list[int],
+    losses: Losses,
     seconds: float,
     global_batch: int,
     attempt: int,
@@ -48,7 +63,7 @@ def metric_rows(
     """Make a row of metrics for each pending step. Call it on every rank.
 
     Args:
-        losses, bad: as `read_losses` returned them.
+        losses: as `read_losses` returned them.
         seconds: the time that all pending steps took together. "time" in a row is the share of each part of a step, see
             `trainer.run.step_timer`.
     """
@@ -60,6 +75,7 @@ def metric_rows(
             "epoch": step.epoch,
             "samples": (step.step + 1) * global_batch,
             "loss": loss,
+            **{f"loss/{name}": value for name, value in by_part.items()},
             "lr": step.lr,
             "img_per_s": len(pending) * global_batch / seconds,
             "data_wait_s": step.wait_s,
@@ -68,7 +84,9 @@ def metric_rows(
             "bad_samples": bad_count,
             "world_size": worker.world_size,
         }
-        for step, loss, bad_count in zip(pending, losses, bad, strict=True)
+        for step, loss, bad_count, by_part in zip(
+            pending, losses.loss, losses.bad, losses.by_part, strict=True
+        )
     ]
     if worker.ledger:
         for row, ids in zip(rows, _gather_sample_ids(pending, worker), strict=True):

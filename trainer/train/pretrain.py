@@ -114,10 +114,10 @@ def pretrain_step(
         if config.jitter:
             from trainer.augment.randaugment import colour_jitter  # imports kornia, which takes seconds
 
-            ids = batch.sample_ids[rows].numpy()  # on the host
+            ids = batch.random_ids[rows].numpy()  # on the host
             with torch.autocast(worker.device.type, enabled=False):
                 images = colour_jitter(images, config.jitter, config.seed, batch.epoch, ids)
-        noise = masking_noise(config.model, config.seed, batch.epoch, part.sample_ids)
+        noise = masking_noise(config.model, config.seed, batch.epoch, part.random_ids)
         return trained(images, noise)
 
     return train_step(trained, optimizer, batch, config, worker, losses)

@@ -33,10 +33,12 @@ def train_step(
             device, and its rows in `batch`.
         multiple_of: see `micro_batches`.
 
-    Returns float64[2] on the device: the weighted sum of this worker's losses, and the number of its bad samples.
+    Returns float64[2] on the device: the weighted sum of this worker's losses, and the number of its bad samples. With
+    `Batch.parts`, float64[2 + 2 · names]: then follow the weighted sum for each name, and the number of samples.
     """
     parts = micro_batches(batch, config.micro_batch_size, multiple_of)
     total = torch.zeros((), dtype=torch.float64, device=worker.device)
+    by_part = None if batch.parts is None else torch.zeros_like(batch.parts[0], device=worker.device)
     for rows in parts:
         part = to_device(batch, rows, worker.device)
         worker.timer.mark("host_to_device")
@@ -44,15 +46,21 @@ def train_step(
         accumulates = rows is not parts[-1] and worker.world_size > 1
         with _without_all_reduce(trained) if accumulates else nullcontext():
             with autocast(config, worker.device):
-                loss = (losses(part, rows) * part.weights).sum()
+                each = losses(part, rows) * part.weights
+                loss = each.sum()
             (loss * (worker.world_size / config.global_batch)).backward()
         worker.timer.mark("step" if accumulates or worker.world_size == 1 else "all_reduce")
         total += loss.detach()
+        if by_part is not None and part.parts is not None:
+            by_part += each.detach().double() @ part.parts
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     worker.timer.mark("step")
     bad = (batch.weights == 0).sum().to(worker.device, total.dtype, non_blocking=True)
-    return torch.stack([total, bad])
+    sums = torch.stack([total, bad])
+    if by_part is None or batch.parts is None:
+        return sums
+    return torch.cat([sums, by_part, batch.parts.sum(0).to(worker.device)])
 
 
 def micro_batches(batch: Batch, largest: int, multiple_of: int = 1) -> list[slice]:
@@ -67,7 +75,11 @@ def to_device(batch: Batch, rows: slice, device: torch.device) -> Batch:
         tensor[rows].to(device, non_blocking=True)
         for tensor in (batch.images, batch.labels, batch.sample_ids, batch.weights)
     )
-    return Batch(images, labels, ids, weights, {}, batch.stage_times)
+    draws, parts = (
+        None if tensor is None else tensor[rows].to(device, non_blocking=True)
+        for tensor in (batch.draws, batch.parts)
+    )
+    return Batch(images, labels, ids, weights, {}, batch.stage_times, draws, parts)
 
 
 def wrap_for_training(model: nn.Module, config: RunConfig, worker: Worker) -> nn.Module:

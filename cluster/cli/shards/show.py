@@ -3,11 +3,13 @@
 from typing import Any
 
 import click
+import numpy as np
 from rich.table import Table
 
 from cluster.cli.shards.common import NO_CHECKSUMS
 from cluster.terminal.console import console, write_file
-from pipeline.dataset.dataset import open_dataset
+from pipeline.dataset.dataset import Dataset, open_dataset
+from pipeline.text import plural
 
 BUILT_LABELS = {"bytes": "image bytes", "build": "build id", "odd": "other formats"}
 
@@ -40,6 +42,7 @@ def show(dest: str, grid: str | None, sizes: str | None) -> None:
         "images": f"{manifest.image_bytes / 2**20:,.1f} MiB, {dataset.mean_sample_bytes / 1000:.1f} kB on average",
         "classes": f"{len(manifest.classes)}: {_shorten(manifest.classes)}" if manifest.classes else "none",
         **({"tars": manifest.shards_url} if manifest.shards_url else {}),
+        **({"parts": _format_parts(dataset)} if manifest.parts else {}),
         "built": _format_built(manifest.built),
     }
     for name, value in rows.items():
@@ -57,6 +60,15 @@ def show(dest: str, grid: str | None, sizes: str | None) -> None:
 
         write_file(sizes, draw_histograms(dataset))
         console.print(f"wrote histograms to {sizes}")
+
+
+def _format_parts(dataset: Dataset) -> str:
+    """Return the parts of a dataset, one line each: samples, weight and where the tars are."""
+    counts = np.diff(dataset.part_starts).tolist()
+    return "\n".join(
+        f"{part.name}: {plural(count, 'sample')}, {part.weight} × per epoch, in {part.url or dataset.store.url}"
+        for part, count in zip(dataset.parts, counts, strict=True)
+    )
 
 
 def _format_built(built: dict[str, Any]) -> str:

@@ -76,7 +76,7 @@ def view(
     share = made.manifest.samples / max(dataset.samples, 1)
     console.print(f"wrote {summary(made.manifest)}, {share:.1%} of the samples of {source}, to {dest}")
     console.print(
-        f"{made.bytes / 1000:,.1f} kB written; the tars stay in {made.manifest.shards_url}. Classes keep the numbers of "
+        f"{made.bytes / 1000:,.1f} kB written; the tars stay in {dataset.shard_store.describe()}. Classes keep the numbers of "
         f"{source}; {made.classes:,} of {len(made.manifest.classes):,} have samples"
     )
 
