@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 from cluster.cli.shards.group import shards
@@ -13,7 +14,9 @@ from pipeline.build.tar_source import dataset_source
 from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.dataset.repair import repair
 from pipeline.dataset.verify import verify
+from pipeline.decode.factory import make_decoder
 from pipeline.errors import UserError
+from pipeline.loading.loader import Loader
 from pipeline.loading.readahead import Reader, read_samples
 from pipeline.storage.store import open_store
 from pipeline.views.mix import MixResult, make_mix, parse_weight
@@ -88,6 +91,20 @@ def test_each_epoch_reads_the_right_bytes(tmp_path: Path) -> None:
     assert counts[:120].sum() in range(360 - 48, 361)
     assert counts[:120].max() == 3
     assert counts[120:].max() == 1
+
+
+def test_each_time_that_an_epoch_shows_a_sample_it_is_cropped_anew(
+    scenes: list[Dataset], tmp_path: Path
+) -> None:
+    mixed, _ = mix(scenes[:1], tmp_path / "mix", "2")
+    order = make_order(PretrainConfig(global_batch=24, data=DataConfig(lanes=1, block=24)), mixed)
+    loader = Loader(mixed, order, make_decoder("cpu", 32, 1), 0, 1)
+    batch = loader.batch(0)
+    loader.close()
+    assert sorted(batch.sample_ids.tolist()) == sorted([*range(12), *range(12)])
+    for sample in range(12):
+        first, second = batch.images[batch.sample_ids == sample]
+        assert not torch.equal(first, second)
 
 
 def test_weights_are_part_of_the_dataset_and_of_its_order_only_if_they_differ(tmp_path: Path) -> None:
