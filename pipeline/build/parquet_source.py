@@ -8,6 +8,7 @@ costs a whole row group. Therefore the images of each file are first extracted (
                                        Parquet file, so that a resumed build keeps it only for the same file
 """
 
+import functools
 import io
 import json
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ import pyarrow.parquet as pq
 
 from pipeline.build import imagenet
 from pipeline.build.image_table import ITEMS, RangeReader, Source, make_source
-from pipeline.dataset.labels import LabelEncoder
+from pipeline.dataset.labels import LabelCollector
 from pipeline.dataset.manifest import BUILDING, BUILDING_FOLDER, NO_LABEL
 from pipeline.errors import UserError
 from pipeline.parallel import ParallelMap
@@ -56,19 +57,25 @@ def parquet_source(
     jobs = [_SpoolJob(store.url, name, url, number) for number, name in enumerate(names)]
     for _ in run(spool_images, jobs):
         pass
-    labels, tables, texts = LabelEncoder(), [], []
+    collector = LabelCollector()
+    tables: list[pa.Table] = []
+    texts: list[str] = []
     for job in jobs:
         table = job.read_result()
         assert table is not None
-        for key, label in zip(table["key"].to_pylist(), table["label"].to_pylist(), strict=True):
-            if problem := labels.add(label):
-                raise UserError(f"{store.describe(job.name)}: {key}: {problem}")
-            texts.append(label)
+        labels = table["label"].to_pylist()
+        collector.add(labels, functools.partial(_place, store.describe(job.name), table))
+        texts += labels
         tables.append(table.replace_schema_metadata())
-    encoded = labels.encode(texts)
+    encoder = collector.encoder()
+    if encoder.first_problem:
+        raise UserError(encoder.first_problem)
+    if encoder.kind != "class":
+        raise UserError(f"{store.url}: labels that are not one class for each image cannot be built yet")
+    encoded = encoder.encode(texts)
     items = pa.concat_tables(tables).set_column(1, ITEMS.field("label"), encoded)
-    classes = labels.classes()
-    if labels.is_numeric and len(class_names) >= len(classes):
+    classes = encoder.classes
+    if classes and not encoder.by_name and len(class_names) >= len(classes):
         # ImageNet on the Hub has the classes as English words, in the order of their wnids.
         is_imagenet = len(class_names) == len(imagenet.wnids()) and class_names[0].startswith("tench")
         classes = list(imagenet.wnids()) if is_imagenet else class_names
@@ -79,6 +86,10 @@ def parquet_source(
         ]
         items = items.set_column(0, "key", pa.array(keys))
     return make_source(store.url, classes, RangeReader(url), items)
+
+
+def _place(where: str, table: pa.Table, i: int) -> str:
+    return f"{where}: {table['key'][i].as_py()}"
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Tars as a source. They are not unpacked: their headers tell where each image is."""
 
+import functools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pipeline.build.file_names import is_image, key_of
 from pipeline.build.image_table import ITEMS, RangeReader, Source, make_source
 from pipeline.dataset.dataset import open_dataset
 from pipeline.dataset.index import THREADS
-from pipeline.dataset.labels import LabelEncoder
+from pipeline.dataset.labels import LabelCollector
 from pipeline.dataset.manifest import NO_LABEL
 from pipeline.dataset.webdataset import printable, scan_shard
 from pipeline.errors import UserError
@@ -118,14 +119,14 @@ def _validation_tar(store: Store, name: str, devkit: str | None) -> Source:
 
 def webdataset_source(store: Store, names: list[str]) -> Source:
     """The samples of WebDataset tars, see `pipeline.dataset.webdataset`. UserError if a tar is damaged."""
-    labels = LabelEncoder()
-    tables, texts = [], []
+    collector = LabelCollector()
+    tables: list[pa.Table] = []
+    texts: list[str] = []
     for scan in map_ahead(lambda name: scan_shard(store, name, False, False), names, THREADS):
         rows = scan.rows
-        for key, label in zip(rows["key"].to_pylist(), rows["label"].to_pylist(), strict=True):
-            if problem := labels.add(label):
-                raise UserError(f"{store.describe(scan.name)}: {printable(key)}: {problem}")
-            texts.append(label)
+        labels = rows["label"].to_pylist()
+        collector.add(labels, functools.partial(_place, store.describe(scan.name), rows))
+        texts += labels
         tables.append(
             pa.table(
                 {
@@ -138,11 +139,20 @@ def webdataset_source(store: Store, names: list[str]) -> Source:
                 schema=ITEMS,
             )
         )
-    items = pa.concat_tables(tables).set_column(1, ITEMS.field("label"), labels.encode(texts))
+    encoder = collector.encoder()
+    if encoder.first_problem:
+        raise UserError(encoder.first_problem)
+    if encoder.kind != "class":
+        raise UserError(f"{encoder.note}: for now, `maestream shards index` makes a dataset of these tars")
+    items = pa.concat_tables(tables).set_column(1, ITEMS.field("label"), encoder.encode(texts))
     if not len(items):
         raise UserError(f"{store.url}: no images in {plural(len(names), 'tar')}")
     where = store.url if len(names) > 1 else store.describe(names[0])
-    return make_source(where, labels.classes(), RangeReader(store.url), items)
+    return make_source(where, encoder.classes, RangeReader(store.url), items)
+
+
+def _place(where: str, rows: pa.Table, i: int) -> str:
+    return f"{where}: {printable(rows['key'][i].as_py())}"
 
 
 def dataset_source(store: Store) -> Source:

@@ -12,6 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,12 +25,15 @@ from pipeline.dataset.manifest import (
     INDEX_ROW,
     INDEX_SCHEMA,
     MANIFEST,
+    NO_LABEL,
     SHARDS,
     SHARDS_SCHEMA,
     Manifest,
     Part,
     fingerprint,
     index_name,
+    index_row,
+    index_schema,
     read_file,
     read_shard_table,
 )
@@ -45,7 +49,7 @@ INDEX_BYTES = 128 << 20  # memory for the most recently used indexes: about 450 
 
 @dataclass(frozen=True)
 class Located:
-    """Where samples are: the number of each sample's shard (int64[n]) and its index row (INDEX_ROW[n])."""
+    """Where samples are: the number of each sample's shard (int64[n]) and its index row (`Dataset.row_type`[n])."""
 
     shard: Ints
     row: npt.NDArray[np.void]
@@ -92,8 +96,9 @@ class Dataset:
         self.shard_bytes: Ints = shards["bytes"].to_numpy()
         # int64[shards + 1]: the id of each shard's first sample, and the number of samples.
         self.shard_starts: Ints = np.concatenate([[0], np.cumsum(self.shard_samples)])
+        self.row_type = index_row(manifest.labels, len(manifest.classes))
         self.shard_keys = functools.lru_cache(maxsize=16)(self._read_keys)
-        self._indexes: OrderedDict[int, npt.NDArray[np.void]] = OrderedDict()  # shard → INDEX_ROW[samples]
+        self._indexes: OrderedDict[int, npt.NDArray[np.void]] = OrderedDict()  # shard → row_type[samples]
         self.indexes_bytes = 0  # memory that the indexes in `_indexes` take
         self._lock = threading.Lock()
 
@@ -167,7 +172,7 @@ class Dataset:
                 are read from the store.
         """
         shard, row = self._shard_and_row(sample_ids)
-        rows = np.empty(len(shard), INDEX_ROW)
+        rows = np.empty(len(shard), self.row_type)
         by_shard = np.argsort(shard, kind="stable")
         groups = np.split(by_shard, np.flatnonzero(np.diff(shard[by_shard])) + 1) if len(shard) else []
         # Indexes in memory first: reading another one may evict them.
@@ -182,16 +187,22 @@ class Dataset:
     def index(
         self, shard: int, read: Callable[[int], bytes | memoryview] | None = None
     ) -> npt.NDArray[np.void]:
-        """The index of a shard: INDEX_ROW[samples]. `read`: see `locate`."""
+        """The index of a shard: row_type[samples]. `read`: see `locate`."""
         with self._lock:
             if shard in self._indexes:
                 self._indexes.move_to_end(shard)
                 return self._indexes[shard]
         data = read(shard) if read else self._read(index_name(self.shard_name(shard)))
         table = self._parse_index(shard, data, list(INDEX_ROW.names or ()))
-        rows = np.empty(len(table), INDEX_ROW)
+        rows = np.empty(len(table), self.row_type)
         for name in INDEX_ROW.names or ():
-            rows[name] = table[name].to_numpy()
+            if name != "label" or self.manifest.labels == "class":
+                rows[name] = table[name].to_numpy()
+        if self.manifest.labels != "class" and not _read_targets(table["label"], self.manifest, rows):
+            raise UserError(
+                f"{self.store.describe(index_name(self.shard_name(shard)))} is damaged (it has labels that the manifest does "
+                "not have): copy or build the dataset again"
+            )
         self._check_rows(shard, rows)
         with self._lock:
             if shard not in self._indexes:
@@ -215,6 +226,22 @@ class Dataset:
                 "outside their shard, or without a size): copy or build the dataset again"
             )
 
+    def labels(self, rows: npt.NDArray[np.void]) -> npt.NDArray[Any]:
+        """The labels of n index rows (row_type[n]), by what labels are in this dataset (`Manifest.labels`).
+
+        Returns:
+            "class": int64[n], NO_LABEL for a sample without a label.
+            "classes": float32[n, classes], 1 for each class of a sample, 0 for the others; NaN without a label.
+            "numbers": float32[n, classes], where `classes` is how many each sample has; NaN without a label.
+        """
+        if self.manifest.labels == "class":
+            return rows["label"].astype(np.int64)
+        if self.manifest.labels == "numbers":
+            return np.ascontiguousarray(rows["target"])
+        flags = np.unpackbits(rows["target"], axis=1, count=len(self.manifest.classes)).astype(np.float32)
+        flags[rows["label"] == NO_LABEL] = np.nan
+        return flags
+
     def keys(self, sample_ids: npt.ArrayLike) -> list[str]:
         """The WebDataset key of each sample id."""
         shard, row = self._shard_and_row(sample_ids)
@@ -226,12 +253,15 @@ class Dataset:
         return shard, ids - self.shard_starts[shard]
 
     def read_index_table(self, shard: int, kept: bool = False) -> pa.Table:
-        """Read the whole index of a shard, with keys: INDEX_SCHEMA. `kept`: also the columns that `--keep-json` kept."""
+        """Read the whole index of a shard, with keys: `index_schema` of the dataset's labels.
+
+        `kept`: also the columns that `--keep-json` kept, in the order of the file.
+        """
         data = self._read(index_name(self.shard_name(shard)))
         table = self._parse_index(shard, data, INDEX_SCHEMA.names)
         if kept:
             everything = read_parquet(data)
-            for name in set(everything.column_names).difference(table.column_names):
+            for name in [name for name in everything.column_names if name not in INDEX_SCHEMA.names]:
                 table = table.append_column(name, everything[name])
         return table
 
@@ -240,7 +270,7 @@ class Dataset:
 
     def _parse_index(self, shard: int, data: bytes | memoryview, columns: list[str]) -> pa.Table:
         name = index_name(self.shard_name(shard))
-        table = parse_parquet(self.store.describe(name), data, INDEX_SCHEMA, columns)
+        table = parse_parquet(self.store.describe(name), data, index_schema(self.manifest.labels), columns)
         if len(table) != self.shard_samples[shard]:
             raise UserError(
                 f"{self.store.describe(name)} has {len(table)} rows, but the manifest says "
@@ -250,6 +280,28 @@ class Dataset:
 
     def _read_keys(self, shard: int) -> pa.ChunkedArray:
         return self._parse_index(shard, self._read(index_name(self.shard_name(shard))), ["key"])["key"]
+
+
+def _read_targets(labels: pa.ChunkedArray, manifest: Manifest, rows: npt.NDArray[np.void]) -> bool:
+    """Fill `target` and `label` of index rows (see `index_row`). Returns whether all labels fit the manifest."""
+    lists = labels.combine_chunks()
+    values = lists.flatten().to_numpy(zero_copy_only=False)
+    missing = lists.is_null().to_numpy(zero_copy_only=False)
+    counts = np.where(missing, 0, lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False))
+    rows["label"] = np.where(missing, NO_LABEL, 0)
+    if manifest.labels == "numbers":
+        rows["target"] = np.nan
+        if not (counts[~missing] == len(manifest.classes)).all():
+            return False
+        rows["target"][~missing] = values.reshape(-1, len(manifest.classes))
+        return True
+    if len(values) and not (values.min() >= 0 and values.max() < len(manifest.classes)):
+        return False
+    targets = np.zeros(rows["target"].shape, np.uint8)
+    row = np.repeat(np.arange(len(rows)), counts)
+    np.bitwise_or.at(targets, (row, values >> 3), np.uint8(128) >> (values & 7).astype(np.uint8))
+    rows["target"] = targets
+    return True
 
 
 def open_dataset(url: str, already_reached: bool = False) -> Dataset:

@@ -183,6 +183,8 @@ def _list_value(values: Any, chosen: bool) -> str:
             raise ValueError(f"a value of the list {_shown(values)} is missing")
         scalars.append(scalar)
     if len({isinstance(scalar, str) for scalar in scalars}) > 1:
+        if all(isinstance(value, str) for value in values):  # names, some of which look like numbers
+            return json.dumps([_text_value(value) for value in values], ensure_ascii=False)
         raise ValueError(f"the list {_shown(values)} has numbers and texts")
     return json.dumps(scalars, ensure_ascii=False)
 

@@ -2,9 +2,10 @@
 
 First all tars are scanned (see `pipeline.dataset.webdataset`), and their rows are kept in temporary files on the local
 disk. Only if no tar is damaged, or damaged samples may be skipped, are the indexes written, and the manifest last. So a
-scan that fails changes nothing. Numeric labels are kept; class names are sorted and numbered.
+scan that fails changes nothing. What labels mean is decided from all of them, see `pipeline.dataset.labels`.
 """
 
+import functools
 import hashlib
 import re
 import tempfile
@@ -15,16 +16,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from pipeline.dataset.labels import LabelEncoder
+from pipeline.dataset.labels import LabelCollector, LabelEncoder
 from pipeline.dataset.manifest import (
     BUILDING,
-    INDEX_SCHEMA,
     MANIFEST,
+    NO_LABEL,
     SHARDS_SCHEMA,
+    LabelKind,
     Manifest,
     content_digest,
     index_name,
+    index_schema,
     read_file,
     write_dataset,
 )
@@ -57,6 +61,7 @@ class IndexResult:
     without_label: int  # samples of the dataset without a label
     other_files: int  # files that belong to no sample, such as ._name
     webp: int  # WebP images
+    notes: list[str]  # what was decided, if users may not expect it
 
 
 def find_shards(store: Store) -> list[str]:
@@ -80,6 +85,7 @@ def index_shards(
     *,
     checksums: bool = False,
     skip_damaged: bool = False,
+    kind: LabelKind | None = None,
     overwrite: bool = False,
     on_shard: Callable[[], None] = lambda: None,
 ) -> IndexResult:
@@ -89,67 +95,108 @@ def index_shards(
         checksums: whether to read all bytes and store checksums, so that changed bytes are detected later. Otherwise
             only headers are read.
         skip_damaged: whether to skip damaged samples. Otherwise the first one is a UserError.
+        kind: what labels are. By default it is decided from all of them, see `pipeline.dataset.labels`.
         overwrite: whether to replace a dataset in `to`.
         on_shard: called after each tar is read.
     """
     _check_destination(store, to, overwrite)
     skipped = SkippedSamples(skip_damaged)
-    labels = LabelEncoder()
+    collector = LabelCollector(kind)
     scans: list[ScannedShard] = []
-    without_label = image_bytes = 0
     with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:
         spool = RowSpool(open_store(folder), names)
         for scan in map_ahead(lambda name: scan_shard(store, name, checksums, skip_damaged), names, THREADS):
-            rows = _valid_rows(scan, spool, labels)
+            rows = _without_known_keys(scan, spool)
             spool.add(rows)
+            collector.add(rows["label"].to_pylist(), functools.partial(_place, scan.name, rows))
             skipped.merge(scan.skipped)
-            without_label += rows["label"].to_pylist().count("")
-            image_bytes += sum(rows["size"].to_pylist())
             scan.rows = None
             scans.append(scan)
             on_shard()
-        if not image_bytes:
+        if not spool.rows:
             raise UserError(
                 f"{store.url}: no images in {plural(len(names), 'tar')}: the extension, after the first dot of the file name, "
                 f"must be {', '.join(IMAGE_TYPES)}{''.join(f'; {line}' for line in skipped.listed[:1])}"
             )
-        classes = labels.classes()
-
-        def write_index(number: int) -> dict[str, Any] | None:
-            rows = spool.read(number)
-            if not len(rows):
-                return None  # a tar without samples is not a shard
-            encoded = labels.encode(rows["label"].to_pylist())
-            index = rows.set_column(rows.column_names.index("label"), "label", encoded)
-            to.write(index_name(names[number]), to_parquet(index.cast(INDEX_SCHEMA)))
-            return {
-                "name": names[number],
-                "samples": len(index),
-                "bytes": scans[number].bytes,
-                "sha256": scans[number].sha256,
-                "content": content_digest(index),
-            }
-
+        encoder = collector.encoder()
+        if encoder.first_problem and not skip_damaged:
+            skipped.add(encoder.first_problem)  # raises
         if to.exists(MANIFEST):
             to.remove([MANIFEST])
-        shards = [row for row in map_ahead(write_index, range(len(names)), THREADS) if row]
+        shards = []
+        for shard in map_ahead(
+            lambda n: _write_index(to, scans[n], spool.read(n), encoder), range(len(names)), THREADS
+        ):
+            skipped.merge(shard.skipped)
+            if shard.row["samples"]:  # a tar without samples is not a shard
+                shards.append(shard)
     manifest = write_dataset(
         to,
-        pa.Table.from_pylist(shards, schema=SHARDS_SCHEMA),
-        image_bytes,
-        classes,
-        {"indexed": store.url, "left_out": skipped.count},
+        pa.Table.from_pylist([shard.row for shard in shards], schema=SHARDS_SCHEMA),
+        sum(shard.image_bytes for shard in shards),
+        encoder.classes,
+        {
+            "indexed": store.url,
+            "left_out": skipped.count,
+            **({"label_kind": kind} if kind else {}),
+            **({"flags": True} if encoder.flags else {}),
+        },
         checksums=checksums,
         shards_url=None if to.url == store.url else store.url,
+        labels=encoder.kind,
     )
     return IndexResult(
         manifest,
         skipped,
         sum(scan.without_image for scan in scans),
-        without_label,
+        sum(shard.without_label for shard in shards),
         sum(scan.other_files for scan in scans),
         sum(scan.webp for scan in scans),
+        [encoder.note] if encoder.note else [],
     )
+
+
+@dataclass
+class _IndexedShard:
+    """The index of one tar, after it was written."""
+
+    row: dict[str, Any]  # of SHARDS_SCHEMA
+    image_bytes: int
+    without_label: int
+    skipped: SkippedSamples  # samples whose labels contradict the others
+
+
+def _write_index(to: Store, scan: ScannedShard, rows: pa.Table, encoder: LabelEncoder) -> _IndexedShard:
+    """Write the index of a tar, unless it has no samples. `rows`: ROWS_SCHEMA."""
+    texts, skipped = rows["label"].to_pylist(), SkippedSamples(allowed=True)
+    if encoder.first_problem:
+        problems = {text: encoder.problem(text) for text in set(texts)}
+        place = functools.partial(_place, scan.name, rows)
+        for i, text in enumerate(texts):
+            if problems[text]:
+                skipped.add(f"{place(i)}: {problems[text]}")
+        rows = rows.filter(pa.array([problems[text] is None for text in texts], pa.bool_()))
+        texts = [text for text in texts if problems[text] is None]
+    labels = encoder.encode(texts)
+    index = rows.set_column(rows.column_names.index("label"), "label", labels).cast(
+        index_schema(encoder.kind)
+    )
+    if len(index):
+        to.write(index_name(scan.name), to_parquet(index))
+    row = {
+        "name": scan.name,
+        "samples": len(index),
+        "bytes": scan.bytes,
+        "sha256": scan.sha256,
+        "content": content_digest(index),
+    }
+    missing = pc.equal(labels, NO_LABEL) if encoder.kind == "class" else pc.is_null(labels)
+    return _IndexedShard(row, pc.sum(index["size"]).as_py() or 0, pc.sum(missing).as_py() or 0, skipped)
+
+
+def _place(shard: str, rows: pa.Table, i: int) -> str:
+    """Name the sample of a row in a message."""
+    return describe_sample(shard, rows["key"][i].as_py(), rows["offset"][i].as_py())
 
 
 def _check_destination(store: Store, to: Store, overwrite: bool) -> None:
@@ -172,18 +219,18 @@ def _check_destination(store: Store, to: Store, overwrite: bool) -> None:
         raise UserError(f"{why}. To write the indexes to another place, add --to") from error
 
 
-def _valid_rows(scan: ScannedShard, spool: "RowSpool", labels: LabelEncoder) -> pa.Table:
-    """The rows whose keys are not in earlier tars, and whose labels are valid. The others are skipped."""
-    earlier = spool.find_keys(scan.rows["key"].to_pylist())
-    keep = []
-    for key, label, offset in zip(
-        *(scan.rows[c].to_pylist() for c in ("key", "label", "offset")), strict=True
-    ):
-        problem = f"duplicate key, it is also at {earlier[key]}" if key in earlier else labels.add(label)
-        if problem:
-            scan.skipped.add(f"{describe_sample(scan.name, key, offset)}: {problem}")
-        keep.append(problem is None)
-    return scan.rows.filter(pa.array(keep, pa.bool_()))
+def _without_known_keys(scan: ScannedShard, spool: "RowSpool") -> pa.Table:
+    """The rows whose keys are not in earlier tars. The others are skipped."""
+    keys = scan.rows["key"].to_pylist()
+    earlier = spool.find_keys(keys)
+    if not earlier:
+        return scan.rows
+    for i, key in enumerate(keys):
+        if key in earlier:
+            scan.skipped.add(
+                f"{_place(scan.name, scan.rows, i)}: duplicate key, it is also at {earlier[key]}"
+            )
+    return scan.rows.filter(pa.array([key not in earlier for key in keys], pa.bool_()))
 
 
 class RowSpool:
@@ -195,13 +242,15 @@ class RowSpool:
 
     def __init__(self, store: Store, names: list[str]) -> None:
         self.store, self.names = store, names
-        self.count = 0
+        self.count = 0  # of tars
+        self.rows = 0
         # Sorted arrays: hashes of keys, and the number of the tar of each.
         self.runs: list[tuple[npt.NDArray[np.uint64], npt.NDArray[np.int32]]] = []
 
     def add(self, rows: pa.Table) -> None:
         """Add the rows (ROWS_SCHEMA) of the next tar."""
         self.store.write(f"{self.count}.parquet", to_parquet(rows))
+        self.rows += len(rows)
         hashes = _hashes(rows["key"].to_pylist())
         shards = np.full(len(hashes), self.count, np.int32)
         self.count += 1

@@ -93,7 +93,9 @@ class Manifest(BaseModel):
     samples: int
     shards: int
     image_bytes: int  # total size of the images
-    classes: list[str]  # the name of each label; empty if there are no labels
+    # The name of each class, or of each number to predict: the index of a name is its place in a label of the loader. Empty
+    # if there are no labels.
+    classes: list[str]
     built: dict[str, Any]  # how the dataset was made, for information
     checksums: bool = True  # whether crc32c (in the indexes) and sha256 (in the table of shards) are known
     shards_url: str | None = None  # where the tars are, if not beside this file
@@ -129,6 +131,32 @@ VERSION_2_KEYS = {"labels", "pixels", "parts"}
 INDEX_ROW = np.dtype(
     [(field.name, field.type.to_pandas_dtype()) for field in INDEX_SCHEMA if field.name != "key"]
 )
+
+
+def label_type(kind: LabelKind) -> pa.DataType:
+    """The type of the index's column `label`. A list is null if the sample has no label."""
+    return {"class": pa.int32(), "classes": pa.list_(pa.int32()), "numbers": pa.list_(pa.float32())}[kind]
+
+
+def index_schema(kind: LabelKind) -> pa.Schema:
+    """The columns that every index of a dataset with labels of this kind has."""
+    label = INDEX_SCHEMA.get_field_index("label")
+    return INDEX_SCHEMA.set(label, pa.field("label", label_type(kind)))
+
+
+def index_row(kind: LabelKind, classes: int) -> np.dtype:
+    """An index row in memory: INDEX_ROW; for labels that are lists also `target`, and `label` is 0, or NO_LABEL for none.
+
+    target: uint8[⌈classes / 8⌉], a bit for each class as `np.packbits` orders them, or float32[classes], the numbers.
+    """
+    if kind == "class":
+        return INDEX_ROW
+    target = (
+        ("target", np.uint8, (-(-classes // 8),)) if kind == "classes" else ("target", np.float32, (classes,))
+    )
+    return np.dtype([*((name, INDEX_ROW[name]) for name in INDEX_ROW.names or ()), target])
+
+
 PART_BYTES = 8 << 20  # the table of shards is read in parts of this size
 
 

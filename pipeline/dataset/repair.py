@@ -7,9 +7,9 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.dataset.dataset import Dataset, open_dataset
+from pipeline.dataset.labels import LabelEncoder
 from pipeline.dataset.manifest import (
     BUILDING,
-    INDEX_SCHEMA,
     MANIFEST,
     NO_LABEL,
     SHARDS,
@@ -18,6 +18,7 @@ from pipeline.dataset.manifest import (
     content_digest,
     fingerprint,
     index_name,
+    index_schema,
     write_dataset,
 )
 from pipeline.dataset.verify import VerifyJob, find_damage, verify_jobs
@@ -55,6 +56,7 @@ def repair(url: str, run: ParallelMap = map, on_shard: Callable[[], None] = lamb
         if store.exists(BUILDING):
             raise
         dataset = _repair_tables(store, run, result, str(error))
+    encoder = encoder_of(dataset.manifest)
     for found in find_damage(dataset, run, on_shard):
         if not found.tar_ok:
             source = dataset.manifest.built.get("source") or "its source"
@@ -66,12 +68,24 @@ def repair(url: str, run: ParallelMap = map, on_shard: Callable[[], None] = lamb
             result.unrepaired += [f"{problem}; {again}" for problem in found.problems]
         else:
             job = next(job for job in verify_jobs(dataset) if job.name == found.name)
-            _repair_index(job, result)
+            _repair_index(job, encoder, result)
     return result
 
 
-def _repair_index(job: VerifyJob, result: RepairResult) -> None:
-    index, _ = _index_of_tar(open_tars(job.shard_store), job.name, job.checksums, job.classes)
+def encoder_of(manifest: Manifest) -> LabelEncoder:
+    """The encoder of the labels in a dataset's tars.
+
+    The tars of a build have numbers; tars of others may have names.
+    """
+    classes = manifest.classes
+    by_name = "indexed" in manifest.built and classes != [str(label) for label in range(len(classes))]
+    return LabelEncoder(
+        manifest.labels, classes, by_name, bool(manifest.built.get("flags")), manifest.built.get("label_kind")
+    )
+
+
+def _repair_index(job: VerifyJob, encoder: LabelEncoder, result: RepairResult) -> None:
+    index, _ = _index_of_tar(open_tars(job.shard_store), job.name, job.checksums, encoder)
     name = index_name(job.name)
     if content_digest(index) != job.content:
         result.unrepaired.append(
@@ -83,21 +97,18 @@ def _repair_index(job: VerifyJob, result: RepairResult) -> None:
     result.repaired.append(f"{name}: rewritten")
 
 
-def _index_of_tar(store: Store, name: str, checksums: bool, classes: tuple[str, ...]) -> tuple[pa.Table, str]:
-    """Return the index (INDEX_SCHEMA) and the SHA-256 of a tar. UserError if the tar is damaged."""
+def _index_of_tar(store: Store, name: str, checksums: bool, encoder: LabelEncoder) -> tuple[pa.Table, str]:
+    """Return the index (`index_schema`) and the SHA-256 of a tar. UserError if the tar is damaged."""
     scan = scan_shard(store, name, checksums, skip_damaged=False)
-    label_of = {name: label for label, name in enumerate(classes)}
-    labels = []
-    for text in scan.rows["label"].to_pylist():
-        if text and not text.isdigit() and text not in label_of:
-            raise UserError(
-                f"{store.describe(name)}: label {text} is a class name, and the numbers of the classes were lost with the "
-                "manifest: run `maestream shards index --overwrite` to number the classes again"
-            )
-        labels.append(NO_LABEL if not text else int(text) if text.isdigit() else label_of[text])
-    place = scan.rows.column_names.index("label")
-    rows = scan.rows.set_column(place, "label", pa.array(labels, pa.int32()))
-    return rows.cast(INDEX_SCHEMA), scan.sha256
+    try:
+        labels = encoder.encode(scan.rows["label"].to_pylist())
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"{store.describe(name)} has labels that are not in the manifest, or the manifest is lost, and with it the numbers "
+            f"of the classes ({error}): run `maestream shards index --overwrite` to number the classes again"
+        ) from None
+    rows = scan.rows.set_column(scan.rows.column_names.index("label"), "label", labels)
+    return rows.cast(index_schema(encoder.kind)), scan.sha256
 
 
 def _repair_tables(store: Store, run: ParallelMap, result: RepairResult, problem: str) -> Dataset:
@@ -110,9 +121,9 @@ def _repair_tables(store: Store, run: ParallelMap, result: RepairResult, problem
     except (FileNotFoundError, ValueError):
         before = None
     checksums = before is None or before.checksums
-    classes = tuple(before.classes) if before else ()
+    encoder = encoder_of(before) if before else LabelEncoder("class", [])
     rows = sorted(
-        run(_scan_tar, [_ScanJob(store.url, name, checksums, classes) for name in names]),
+        run(_scan_tar, [_ScanJob(store.url, name, checksums, encoder) for name in names]),
         key=lambda row: str(row["name"]),
     )
     table = pa.Table.from_pylist(rows, schema=SHARDS_SCHEMA)
@@ -154,7 +165,7 @@ class _ScanJob:
     url: str
     name: str
     checksums: bool
-    classes: tuple[str, ...]
+    encoder: LabelEncoder
 
 
 def _scan_tar(job: _ScanJob) -> dict[str, Any]:
@@ -163,10 +174,10 @@ def _scan_tar(job: _ScanJob) -> dict[str, Any]:
     UserError if the tar is damaged.
     """
     store = open_shared(job.url, job.name)
-    index, sha256 = _index_of_tar(store, job.name, job.checksums, job.classes)
+    index, sha256 = _index_of_tar(store, job.name, job.checksums, job.encoder)
     folders: dict[int, set[str]] = {}
     for label, key in zip(index["label"].to_pylist(), index["key"].to_pylist(), strict=True):
-        if label != NO_LABEL:
+        if job.encoder.kind == "class" and label != NO_LABEL:
             folder, slash, _ = key.partition("/")
             folders.setdefault(label, set()).add(folder if slash else "")
     return {

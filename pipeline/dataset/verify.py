@@ -10,7 +10,7 @@ from crc32c import crc32c
 
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.image_check import check_image
-from pipeline.dataset.manifest import INDEX_SCHEMA, MANIFEST, content_digest, index_name
+from pipeline.dataset.manifest import MANIFEST, LabelKind, content_digest, index_name, index_schema
 from pipeline.errors import UserError
 from pipeline.parallel import ParallelMap
 from pipeline.storage.mounts import open_tars
@@ -30,7 +30,7 @@ class VerifyJob:
     sha256: str  # "" if unknown
     content: str
     checksums: bool
-    classes: tuple[str, ...]
+    labels: LabelKind
 
 
 @dataclass
@@ -76,7 +76,7 @@ def verify_jobs(dataset: Dataset) -> Iterator[VerifyJob]:
             dataset.shard_sha256[shard].as_py(),
             dataset.shard_content[shard].as_py(),
             manifest.checksums,
-            tuple(manifest.classes),
+            manifest.labels,
         )
 
 
@@ -150,7 +150,8 @@ def _verify_index(job: VerifyJob, found: ShardProblems) -> pa.Table | None:
     """Return the index, or None if it is missing or cannot be read. Problems go into `found`."""
     store, name = open_store(job.store, already_reached=True), index_name(job.name)
     try:
-        index = parse_parquet(store.describe(name), store.read(name), INDEX_SCHEMA, INDEX_SCHEMA.names)
+        schema = index_schema(job.labels)
+        index = parse_parquet(store.describe(name), store.read(name), schema, schema.names)
     except FileNotFoundError:
         found.problems.append(f"{name}: missing")
     except UserError as error:

@@ -8,6 +8,7 @@ If a sample has several images, the one whose extension comes first in IMAGE_TYP
 an integer or a text.
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -18,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 from crc32c import crc32c
 
+from pipeline.dataset.fields import label_value
 from pipeline.dataset.manifest import INDEX_SCHEMA
 from pipeline.errors import UserError
 from pipeline.images.formats import image_info
@@ -240,21 +242,29 @@ def _read_image(file: RangedFile, member: tarfile.TarInfo) -> dict[str, int]:
 
 
 def _label(sample: _Sample) -> str:
-    """Return the label as text, "" for none or -1. Sets the sample's problem if the label cannot be read."""
-    text, problem = "", None
-    if sample.cls is not None:
-        text = sample.cls
-        if not text or not text.isprintable() or "\ufffd" in text:
-            problem = "its .cls file is empty or not printable UTF-8"
-    elif sample.json is not None:
-        try:
-            tree = json.loads(sample.json)
-        except (ValueError, RecursionError):
-            problem = "its .json file is not valid JSON"
-        else:
-            values = [tree.get(name) for name in JSON_FIELDS] if isinstance(tree, dict) else []
-            texts = [str(v).strip() for v in values if isinstance(v, int | str) and not isinstance(v, bool)]
-            text = texts[0] if texts else ""
-            problem = None if text.isprintable() else "the label in its .json file is not printable"
-    sample.problem = sample.problem or problem
-    return "" if text == "-1" else text
+    """Return the label as text (see `label_value`), "" for none. Sets the sample's problem if the label cannot be read."""
+    try:
+        if sample.cls is not None:
+            if not sample.cls:
+                raise ValueError("it is empty")
+            return label_value(sample.cls, chosen=True)
+    except ValueError as error:
+        sample.problem = sample.problem or f"its .cls file cannot be a label: {error}"
+        return ""
+    if sample.json is None:
+        return ""
+    try:
+        tree = json.loads(sample.json)
+    except (ValueError, RecursionError):
+        sample.problem = sample.problem or "its .json file is not valid JSON"
+        return ""
+    return _json_label(tree)
+
+
+def _json_label(tree: Any) -> str:
+    """The first of JSON_FIELDS that is a label, or ""."""
+    for name in JSON_FIELDS if isinstance(tree, dict) else ():
+        with contextlib.suppress(ValueError):
+            if text := label_value(tree.get(name)):
+                return text
+    return ""

@@ -1,11 +1,13 @@
 """A contact sheet: a picture of samples from all over a dataset."""
 
 import io
+import math
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from pipeline.dataset.dataset import Dataset
+from pipeline.dataset.manifest import NO_LABEL, Manifest
 from pipeline.decode.factory import make_decoder
 from pipeline.loading.loader import centred_batch
 
@@ -14,16 +16,15 @@ TILE, CAPTION = 112, 14  # height of a sample and of its caption, pixels
 
 
 def draw_contact_sheet(dataset: Dataset) -> bytes:
-    """A PNG file with up to COLUMNS · ROWS samples, evenly spread over the dataset, each with its class name or key."""
+    """A PNG file with up to COLUMNS · ROWS samples, evenly spread over the dataset, each with its label or key."""
     ids = np.unique(
         np.linspace(0, dataset.samples - 1, min(COLUMNS * ROWS, dataset.samples)).astype(np.int64)
     )
     decoder = make_decoder("cpu", TILE, threads=8)
     batch = centred_batch(dataset, decoder, ids)
     decoder.close()
-    names = dataset.manifest.classes
     captions = [
-        names[label] if label >= 0 else key
+        _caption(label, dataset.manifest) or key
         for label, key in zip(batch.labels.tolist(), dataset.keys(ids), strict=True)
     ]
     rows = -(-len(ids) // COLUMNS)
@@ -36,3 +37,14 @@ def draw_contact_sheet(dataset: Dataset) -> bytes:
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def _caption(label: int | list[float], manifest: Manifest) -> str:
+    """The class names or the numbers of a label, as in `Dataset.labels`; "" without a label."""
+    if isinstance(label, int):
+        return manifest.classes[label] if label != NO_LABEL else ""
+    if any(map(math.isnan, label)):
+        return ""
+    if manifest.labels == "numbers":
+        return ", ".join(f"{number:.4g}" for number in label)
+    return ", ".join(name for name, flag in zip(manifest.classes, label, strict=True) if flag)

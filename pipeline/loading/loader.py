@@ -69,7 +69,7 @@ class Batch:
     """A worker's part of one global batch: n samples."""
 
     images: torch.Tensor  # uint8[n, 3, h, w], RGB, on the decoder's device; the other tensors are on the CPU
-    labels: torch.Tensor  # int64[n], NO_LABEL if the dataset has none
+    labels: torch.Tensor  # int64[n], or float32[n, classes] if they are not one class, see `Dataset.labels`
     sample_ids: torch.Tensor  # int64[n]
     weights: torch.Tensor  # float32[n]: 1, or 0 for a bad sample, whose image is zeros
     bad: dict[int, str]  # position of a bad sample → the reason
@@ -253,7 +253,7 @@ def decode_batch(
             shard,
             reason,
         )
-    labels = torch.from_numpy(samples.located.label)
+    labels = torch.from_numpy(dataset.labels(samples.located.row))
     ids, stage_times = torch.from_numpy(samples.ids), samples.stage_times + decoded.stage_times
     return Batch(decoded.images, labels, ids, weights, bad, stage_times)
 

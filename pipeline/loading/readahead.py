@@ -26,7 +26,7 @@ from crc32c import crc32c
 
 from pipeline.arrays import Ints
 from pipeline.dataset.dataset import SMALL_GAP_BYTES, Dataset, Located
-from pipeline.dataset.manifest import INDEX_ROW, index_name
+from pipeline.dataset.manifest import index_name
 from pipeline.decode.decoder import Encoded
 from pipeline.errors import UserError
 from pipeline.loading.disk_cache import DiskCache
@@ -131,7 +131,7 @@ class Reader:
         wait_begin = time.perf_counter()
         encoded: list[Encoded] = [block.sample(i) for block, i in taken]
         self.waited_s += time.perf_counter() - wait_begin
-        located = Located(np.empty(len(ids), np.int64), np.empty(len(ids), INDEX_ROW))
+        located = Located(np.empty(len(ids), np.int64), np.empty(len(ids), self.dataset.row_type))
         at = 0
         for _, run in itertools.groupby(taken, lambda block_and_place: id(block_and_place[0])):
             blocks, places = zip(*run, strict=True)

@@ -5,6 +5,7 @@ import io
 from collections.abc import Iterator
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
@@ -13,7 +14,10 @@ PART_ROWS = 1 << 16  # rows in memory at once where a column is read in parts
 
 
 def parse_parquet(where: str, data: bytes | memoryview, schema: pa.Schema, columns: list[str]) -> pa.Table:
-    """Read these columns of a Parquet file. Damage, or a missing value, is a UserError that names the file as `where`."""
+    """Read these columns of a Parquet file. Damage, or a missing value, is a UserError that names the file as `where`.
+
+    Lists may be missing, but no value in a list.
+    """
     with _damage_as_user_error(where):
         return _checked(_open_parquet(data).read(columns, use_threads=False), schema, columns)
 
@@ -41,7 +45,8 @@ def _open_parquet(data: bytes | memoryview) -> pq.ParquetFile:
 def _checked(table: pa.Table, schema: pa.Schema, columns: list[str]) -> pa.Table:
     table = table.select(columns).cast(pa.schema([schema.field(name) for name in columns]))
     table.validate(full=True)
-    if missing := [c for c in table.column_names if table[c].null_count]:
+    values = {c: pc.list_flatten(table[c]) if pa.types.is_list(table[c].type) else table[c] for c in columns}
+    if missing := [c for c in columns if values[c].null_count]:
         raise ValueError(f"no values for {', '.join(missing)}")
     return table
 

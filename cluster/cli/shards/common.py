@@ -14,10 +14,17 @@ NO_CHECKSUMS = (
 
 
 def summary(manifest: Manifest) -> str:
-    """Size and classes of a dataset: "512 images in 1 shard, 26.2 MiB, 10 classes"."""
-    classes = plural(len(manifest.classes), "class", "classes")
+    """Size and labels of a dataset: "512 images in 1 shard, 26.2 MiB, 10 classes"."""
     size = f"{manifest.image_bytes / 2**20:,.1f} MiB"
-    return f"{plural(manifest.samples, 'image')} in {plural(manifest.shards, 'shard')}, {size}, {classes}"
+    return f"{plural(manifest.samples, 'image')} in {plural(manifest.shards, 'shard')}, {size}, {labels_summary(manifest)}"
+
+
+def labels_summary(manifest: Manifest) -> str:
+    """What labels are: "10 classes", "10 classes, any number for each image", "2 numbers for each image"."""
+    if manifest.labels == "numbers":
+        return f"{plural(len(manifest.classes), 'number')} to predict for each image"
+    several = ", any number for each image" if manifest.labels == "classes" else ""
+    return f"{plural(len(manifest.classes), 'class', 'classes')}{several}"
 
 
 def fields_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -4,6 +4,7 @@ import click
 
 from cluster.cli.shards.common import NO_CHECKSUMS, summary
 from cluster.terminal.console import console, progress_bar
+from pipeline.dataset.manifest import LabelKind
 from pipeline.storage.store import open_store
 from pipeline.text import plural
 
@@ -18,9 +19,22 @@ from pipeline.text import plural
     is_flag=True,
     help="Read every byte and store checksums, so that corruption is detected later.",
 )
+@click.option(
+    "--label-kind",
+    "kind",
+    type=click.Choice(["class", "classes", "numbers"]),
+    help="What labels are: one class, several classes, or numbers to predict.  [default: decided from all labels]",
+)
 @click.option("--skip-damaged", is_flag=True, help="Skip damaged samples and list them, instead of stopping.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing index and manifest.")
-def index(dest: str, to: str | None, checksums: bool, skip_damaged: bool, overwrite: bool) -> None:
+def index(
+    dest: str,
+    to: str | None,
+    checksums: bool,
+    kind: LabelKind | None,
+    skip_damaged: bool,
+    overwrite: bool,
+) -> None:
     """Make a dataset of existing WebDataset tars.
 
     Writes an index and a manifest for all tars in FOLDER, and leaves the tars as they are. Only the headers in the
@@ -41,6 +55,7 @@ def index(dest: str, to: str | None, checksums: bool, skip_damaged: bool, overwr
             open_store(to or dest),
             checksums=checksums,
             skip_damaged=skip_damaged,
+            kind=kind,
             overwrite=overwrite,
             on_shard=lambda: progress.advance(task),
         )
@@ -62,5 +77,7 @@ def index(dest: str, to: str | None, checksums: bool, skip_damaged: bool, overwr
         console.print(
             f"ignored {plural(found.without_image, 'sample')} without an image, {plural(found.other_files, 'other file')}"
         )
+    for line in found.notes:
+        console.print(f"note: {line}", style="yellow")
     if not checksums:
         console.print(NO_CHECKSUMS)

@@ -6,9 +6,10 @@ import click
 import numpy as np
 from rich.table import Table
 
-from cluster.cli.shards.common import NO_CHECKSUMS
+from cluster.cli.shards.common import NO_CHECKSUMS, labels_summary
 from cluster.terminal.console import console, write_file
 from pipeline.dataset.dataset import Dataset, open_dataset
+from pipeline.dataset.manifest import Manifest
 from pipeline.text import plural
 
 BUILT_LABELS = {"bytes": "image bytes", "build": "build id", "odd": "other formats"}
@@ -40,7 +41,7 @@ def show(dest: str, grid: str | None, sizes: str | None) -> None:
         "samples": f"{manifest.samples:,}",
         "shards": f"{manifest.shards:,}, {shard_mib.min():.1f} to {shard_mib.max():.1f} MiB",
         "images": f"{manifest.image_bytes / 2**20:,.1f} MiB, {dataset.mean_sample_bytes / 1000:.1f} kB on average",
-        "classes": f"{len(manifest.classes)}: {_shorten(manifest.classes)}" if manifest.classes else "none",
+        **_labels(manifest),
         **({"tars": manifest.shards_url} if manifest.shards_url else {}),
         **({"parts": _format_parts(dataset)} if manifest.parts else {}),
         "built": _format_built(manifest.built),
@@ -69,6 +70,16 @@ def _format_parts(dataset: Dataset) -> str:
         f"{part.name}: {plural(count, 'sample')}, {part.weight} × per epoch, in {part.url or dataset.store.url}"
         for part, count in zip(dataset.parts, counts, strict=True)
     )
+
+
+def _labels(manifest: Manifest) -> dict[str, str]:
+    if manifest.labels == "numbers":
+        return {"labels": labels_summary(manifest)}
+    classes = f"{len(manifest.classes)}: {_shorten(manifest.classes)}" if manifest.classes else "none"
+    return {
+        "classes": classes,
+        **({"labels": "any number of classes for each image"} if manifest.labels == "classes" else {}),
+    }
 
 
 def _format_built(built: dict[str, Any]) -> str:

@@ -155,16 +155,17 @@ def test_labels_are_numbers_or_class_names_or_missing(tmp_path: Path) -> None:
     both = {"0.jpg": picture(0), "0.cls": b"4", "0.json": b'{"label": 9} broken'}
     assert labels_of(both) == ([4], ["0", "1", "2", "3", "4"])
     for data, message in [
-        ({"0.cls": b""}, "its .cls file is empty"),
+        ({"0.cls": b""}, "its .cls file cannot be a label: it is empty"),
         ({"0.cls": b"\xff\xfe"}, "not printable"),
         ({"0.cls": b"-2"}, "out of range"),
-        ({"0.cls": b"9" * 5000}, "out of range"),
+        ({"0.cls": b"9" * 5000}, "is infinite"),
+        ({"0.cls": b"9" * 9}, "out of range"),
         ({"0.json": b"{"}, "its .json file is not valid JSON"),
         ({"0.json": b"[" * 100_000}, "its .json file is not valid JSON"),
         ({"0.json": b" " * (1 << 20) + b"{}"}, "its .json file is too large (1048578 bytes"),
         (
             {"0.cls": b"7", "1.jpg": picture(1), "1.cls": b"cat"},
-            "is a class name, but the first label is a number",
+            "a.tar: 1 at byte 3072: label cat is a class name, but 1 of 2 labels is a number",
         ),
     ]:
         pack(tmp_path / "a.tar", {"0.jpg": picture(0), **data})
