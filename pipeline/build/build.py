@@ -39,12 +39,12 @@ from pipeline.dataset.dataset import open_dataset
 from pipeline.dataset.manifest import (
     BUILDING,
     BUILDING_FOLDER,
-    INDEX_SCHEMA,
     MANIFEST,
     SHARDS,
     SHARDS_SCHEMA,
     Manifest,
     index_name,
+    index_schema,
     read_file,
     write_dataset,
 )
@@ -114,6 +114,10 @@ def build(
 
     opened = open_source(source, claim, devkit, run, options.source)
     on_source(opened.notes)
+    if options.strict and opened.left_out:
+        raise UserError(
+            f"{opened.description}: {opened.left_out[0]}. Build without --strict to leave such images out"
+        )
     listed = opened
     receipts_before = set(claim().names(BUILDING_FOLDER))
     dropped: list[str] = []
@@ -134,6 +138,7 @@ def build(
         raise UserError(
             f"{opened.description}: none of the {plural(len(skipped), 'image')} can be read: {skipped[0]}"
         )
+    skipped = [*opened.left_out, *skipped]
     lost = _lost_classes(listed, store, receipts) if skipped or dropped else []
     manifest = _finish(opened, store, options, receipts, dropped, lost, identity)
     duplicates = dropped if options.drop_duplicates else duplicates_in(open_dataset(store.url))
@@ -255,7 +260,7 @@ def _finish(
     identity: bytes,
 ) -> Manifest:
     """Write the table of shards and the manifest."""
-    skipped = sum(len(receipt.left_out) for receipt in receipts)
+    skipped = len(source.left_out) + sum(len(receipt.left_out) for receipt in receipts)
     odd = _total_odd(receipts)
     receipts = [receipt for receipt in receipts if receipt.samples]
     columns = SHARDS_SCHEMA.names
@@ -273,16 +278,18 @@ def _finish(
         "build": _digest(identity),
     }
     table = pa.Table.from_pylist(rows, schema=SHARDS_SCHEMA)
-    return write_dataset(store, table, sum(r.image_bytes for r in receipts), source.classes, built)
+    image_bytes = sum(receipt.image_bytes for receipt in receipts)
+    return write_dataset(store, table, image_bytes, source.classes, built, labels=source.kind)
 
 
 def _lost_classes(source: Source, store: Store, receipts: list[Receipt]) -> list[str]:
     """The classes of which all images were left out."""
     before, after = source.images_per_class(), np.zeros(len(source.classes), np.int64)
+    schema = index_schema(source.kind)
     for receipt in receipts:
         if receipt.samples:
             name = index_name(receipt.name)
-            index = parse_parquet(store.describe(name), read_file(store, name), INDEX_SCHEMA, ["label"])
+            index = parse_parquet(store.describe(name), read_file(store, name), schema, ["label"])
             after += images_per_class(index["label"], len(source.classes))
     return [source.classes[label] for label in np.flatnonzero((before > 0) & (after == 0))]
 

@@ -1,15 +1,16 @@
 """A folder of class folders, or of images, as a source.
 
 The class of an image is the first folder of its path. Classes are sorted and numbered, like torchvision's ImageFolder does.
+If there are metadata files with labels beside the images, these are taken (`pipeline.build.metadata`).
 Hidden files and files that are not images are left out, and counted in a note.
 """
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 
+from pipeline.build.columns import CLASS_FOLDERS, NO_LABELS
 from pipeline.build.file_names import (
     count_by_extension,
     ignored_notes,
@@ -18,8 +19,20 @@ from pipeline.build.file_names import (
     key_of,
     split_of,
 )
-from pipeline.build.image_table import ITEMS, WHOLE_FILE, RangeReader, Source, SourceOptions, make_source
-from pipeline.dataset.manifest import NO_LABEL
+from pipeline.build.image_table import (
+    ITEMS,
+    WHOLE_FILE,
+    RangeReader,
+    Source,
+    SourceOptions,
+    kept_arrays,
+    make_source,
+    with_labels,
+)
+from pipeline.build.metadata import METADATA_NAMES, Metadata, is_metadata, read_metadata
+from pipeline.dataset.fields import Fields
+from pipeline.dataset.labels import LabelCollector
+from pipeline.dataset.manifest import NO_LABEL, label_type
 from pipeline.errors import UserError
 from pipeline.storage.store import Store, open_store
 from pipeline.text import plural
@@ -37,34 +50,109 @@ def folder_source(store: Store, sizes: dict[str, int], options: SourceOptions) -
     for name in images:
         if not name.isprintable() or any("\ud800" <= c <= "\udfff" for c in name):
             raise UserError(f"{store.url}: the file name {name!a} is not printable UTF-8: rename it")
-    top = sorted({name.split("/", 1)[0] for name in images if "/" in name})
-    splits = _splits(top)
-    if splits and options.splits is None:
-        raise UserError(_splits_message(store, splits))
-    merged = frozenset(splits) if options.splits == "merge" else frozenset[str]()
+    merged = _merged_folders(store, images, options)
     class_of = [_class_of(name, merged) for name in images]
-    _check_all_in_classes(store, images, class_of)
-    classes = sorted({name for name in class_of if name is not None})
-    if classes:
-        empty = _empty_classes(store, sizes, classes, merged)
-        if empty and not options.allow_empty_classes:
-            raise UserError(_empty_message(store, empty))
-        classes = sorted({*classes, *empty})
-    label_of: dict[str | None, int] = {name: label for label, name in enumerate(classes)}
-    label_of[None] = NO_LABEL
+    metadata = _metadata(store, sizes, images, len(set(class_of) - {None}), options.fields)
     items = pa.table(
         {
             "key": [key_of(name) for name in images],
-            "label": [label_of[name] for name in class_of],
+            "label": np.full(len(images), NO_LABEL),
             "file": images,
             "offset": np.full(len(images), WHOLE_FILE),
             "size": [sizes[name] for name in images],
         },
         schema=ITEMS,
     )
-    source = make_source(store.url, classes, RangeReader(store.url), items)
-    notes = [*ignored_notes(sizes), *_nesting_notes(store, images, classes, merged)]
-    return replace(source, notes=(*source.notes, *notes))
+    classes: list[str] = []
+    notes = [*ignored_notes(name for name in sizes if not is_metadata(name)), *metadata.notes]
+    if metadata.has_labels:
+        labels, classes, label_notes = _metadata_labels(images, metadata, options.fields)
+        items = with_labels(items, labels)
+        notes += label_notes
+    elif _takes_folders(class_of, metadata, options.fields):
+        classes = _classes(store, sizes, images, class_of, merged, options)
+        label_of: dict[str | None, int] = {name: label for label, name in enumerate(classes)}
+        labels = pa.array([label_of.get(name, NO_LABEL) for name in class_of], label_type("class"))
+        items = with_labels(items, labels)
+        notes += _nesting_notes(store, images, classes, merged)
+    kept = [metadata.kept.get(name, {}) for name in images] if options.fields.keep else []
+    for name, array in kept_arrays(kept, list(options.fields.columns)).items():
+        items = items.append_column(name, array)
+    return make_source(store.url, classes, RangeReader(store.url), items, notes)
+
+
+def _merged_folders(store: Store, images: list[str], options: SourceOptions) -> frozenset[str]:
+    """The folders at the top that are joined: splits, if the user says so. UserError if there are splits, and they don't."""
+    splits = _splits(sorted({name.split("/", 1)[0] for name in images if "/" in name}))
+    if splits and options.splits is None:
+        raise UserError(_splits_message(store, splits))
+    return frozenset(splits) if options.splits == "merge" else frozenset()
+
+
+def _metadata(
+    store: Store, sizes: dict[str, int], images: list[str], folders: int, fields: Fields
+) -> Metadata:
+    """What the folder's metadata files say. UserError if there are none, and an option names one of their columns."""
+    names = [name for name in sizes if is_metadata(name)]
+    is_ignored = fields.label in (NO_LABELS, CLASS_FOLDERS) and not fields.keep and fields.image is None
+    if names and not is_ignored:
+        return read_metadata(store, names, images, fields, folders)
+    options = {
+        "--image": fields.image,
+        "--label": fields.label if fields.label not in (NO_LABELS, CLASS_FOLDERS) else None,
+        "--keep-json": ",".join(fields.keep) or None,
+    }
+    for option, value in options.items():
+        if value is not None:
+            raise UserError(
+                f"{option} {value}: {store.url} has images, and no metadata file with columns ({', '.join(METADATA_NAMES)})"
+            )
+    return Metadata()
+
+
+def _metadata_labels(
+    images: list[str], metadata: Metadata, fields: Fields
+) -> tuple[pa.Array, list[str], list[str]]:
+    """The labels of the images by their metadata, the class names, and notes. UserError if labels contradict each other."""
+    texts = [metadata.labels.get(name, "") for name in images]
+    collector = LabelCollector(fields.kind)
+    collector.add(texts, images.__getitem__)
+    encoder = collector.encoder()
+    if encoder.first_problem:
+        raise UserError(f"{encoder.first_problem}; --label chooses another column")
+    classes = encoder.classes
+    if encoder.kind != "numbers" and not encoder.by_name and len(metadata.class_names) >= len(classes) > 0:
+        classes = metadata.class_names
+    return encoder.encode(texts), classes, [encoder.note] if encoder.note else []
+
+
+def _takes_folders(class_of: list[str | None], metadata: Metadata, fields: Fields) -> bool:
+    """Whether the labels are the class folders. One folder beside metadata, such as images/, is no class."""
+    if fields.label == NO_LABELS or not any(class_of):
+        return False
+    if fields.kind not in (None, "class"):
+        raise UserError(
+            f"--label-kind {fields.kind}: class folders give one class for each image; leave it out"
+        )
+    return fields.label == CLASS_FOLDERS or not metadata.was_read or len(set(class_of)) > 1
+
+
+def _classes(
+    store: Store,
+    sizes: dict[str, int],
+    images: list[str],
+    class_of: list[str | None],
+    merged: frozenset[str],
+    options: SourceOptions,
+) -> list[str]:
+    """The names of the class folders. UserError if some have no images, or some images are in none."""
+    if options.fields.label != CLASS_FOLDERS:
+        _check_all_in_classes(store, images, class_of)
+    classes = {name for name in class_of if name is not None}
+    empty = _empty_classes(store, sizes, classes, merged)
+    if empty and not options.allow_empty_classes:
+        raise UserError(_empty_message(store, empty))
+    return sorted({*classes, *empty})
 
 
 def _class_of(name: str, merged: frozenset[str]) -> str | None:
@@ -98,12 +186,13 @@ def _check_all_in_classes(store: Store, images: list[str], class_of: list[str | 
     inside = next(name for name, of in zip(images, class_of, strict=True) if of)
     raise UserError(
         f"{store.url} has images both in class folders ({inside}) and outside of them ({outside}): "
-        "move the latter away, or into a class folder"
+        f"move the latter away, or into a class folder. --label {CLASS_FOLDERS} takes them without a label, and --label "
+        f"{NO_LABELS} takes all without labels"
     )
 
 
 def _empty_classes(
-    store: Store, sizes: dict[str, int], classes: list[str], merged: frozenset[str]
+    store: Store, sizes: dict[str, int], classes: set[str], merged: frozenset[str]
 ) -> dict[str, list[str]]:
     """Folders at the place of class folders that have no images. Returns the names of the files in each."""
     parents = [store, *(open_store(store.describe(name)) for name in sorted(merged))]

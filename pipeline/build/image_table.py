@@ -2,12 +2,16 @@
 
 A row says where the image's bytes are: a file, or a byte range of a file. So the images can be put in any order, and read
 by many processes, each of which gets only its own rows.
+
+The table has the columns of ITEMS. If labels are not one class for each image, `label` is a list (see `label_type`). Values
+that --keep-json keeps are further columns.
 """
 
+import json
 import platform
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -16,18 +20,21 @@ import pyarrow.compute as pc
 from pipeline.arrays import Ints
 from pipeline.build import imagenet
 from pipeline.build.synthetic import draw_scene
-from pipeline.dataset.manifest import NO_LABEL
+from pipeline.dataset.fields import Fields
+from pipeline.dataset.manifest import NO_LABEL, LabelKind, label_type
 from pipeline.errors import UserError
 from pipeline.parallel import THREADS, map_ahead
 from pipeline.storage.mounts import open_tars
 from pipeline.text import plural
 
 T = TypeVar("T")
+NO_FIELDS = Fields()
+Label = int | list[int] | list[float] | None
 WHOLE_FILE = -1  # as offset: the image is the whole file
 ITEMS = pa.schema(
     [
         ("key", pa.string()),  # the WebDataset key: no dot after the last slash
-        ("label", pa.int32()),  # NO_LABEL if the source has none
+        ("label", pa.int32()),  # NO_LABEL if the source has none; or a list, then null for none
         ("file", pa.string()),  # name of the file with its bytes, in the source's store
         ("offset", pa.int64()),  # of its first byte; WHOLE_FILE if the file is the image
         ("size", pa.int64()),  # bytes
@@ -39,7 +46,7 @@ class Item(NamedTuple):
     """A row of ITEMS."""
 
     key: str
-    label: int
+    label: Label
     file: str
     offset: int
     size: int
@@ -99,7 +106,7 @@ class SceneRenderer:
 
     def open(self) -> Callable[[Item], bytes]:
         """Return a function that draws an image."""
-        return lambda item: draw_scene(self.seed, item.offset, item.label)
+        return lambda item: draw_scene(self.seed, item.offset, int(item.label))  # type: ignore[arg-type]
 
 
 ImageReader = RangeReader | SceneRenderer  # goes to other processes
@@ -112,11 +119,13 @@ class SourceOptions:
     # What folders or files such as train and val are: classes, or parts of one dataset. None: they are refused.
     splits: Literal["classes", "merge"] | None = None
     allow_empty_classes: bool = False  # whether class folders without images are classes
+    fields: Fields = NO_FIELDS
 
     def changes(self) -> dict[str, Any]:
-        """Those that differ from their defaults."""
+        """Those that differ from their defaults, as in building.json."""
+        tree = asdict(self)
         return {
-            field.name: getattr(self, field.name)
+            field.name: tree[field.name]
             for field in fields(self)
             if getattr(self, field.name) != field.default
         }
@@ -131,22 +140,54 @@ class Source:
     classes: list[str]  # empty for a source without labels
     reader: ImageReader
     notes: tuple[str, ...] = ()  # what is unusual, one line each
+    left_out: tuple[
+        str, ...
+    ] = ()  # "name: reason" of each image that is not in `items`, because it cannot be read
+
+    @property
+    def kind(self) -> LabelKind:
+        """What the labels mean."""
+        kinds: tuple[LabelKind, ...] = get_args(LabelKind)
+        return next(kind for kind in kinds if label_type(kind) == self.items.schema.field("label").type)
 
     def images_per_class(self) -> Ints:
-        """int64[classes]."""
+        """int64[classes]; zeros if labels are no classes."""
         return images_per_class(self.items["label"], len(self.classes))
 
 
 def images_per_class(labels: pa.ChunkedArray, classes: int) -> Ints:
-    """Count the images of each class → int64[classes]. `labels`: as in ITEMS."""
+    """Count the images of each class → int64[classes], zeros if labels are numbers to predict. `labels`: as in ITEMS."""
+    if labels.type == label_type("numbers"):
+        return np.zeros(classes, np.int64)
+    if labels.type == label_type("classes"):
+        return np.bincount(pc.list_flatten(labels).to_numpy(), minlength=classes)
     return np.bincount(labels.to_numpy() - NO_LABEL, minlength=classes + 1)[1:]
 
 
-def make_source(description: str, classes: list[str], reader: ImageReader, items: pa.Table) -> Source:
-    """Return the source of these images (ITEMS). Images with the key of an earlier one get a key of their own."""
-    items, notes = _with_distinct_keys(items.combine_chunks())
-    counts = images_per_class(items["label"], len(classes)).tolist()
-    return Source(description, items, classes, reader, (*notes, *imagenet.find_oddities(classes, counts)))
+def with_labels(items: pa.Table, labels: pa.Array) -> pa.Table:
+    """The same table with other labels. `labels`: `label_type` of their kind."""
+    return items.set_column(ITEMS.get_field_index("label"), pa.field("label", labels.type), labels)
+
+
+def make_source(
+    description: str,
+    classes: list[str],
+    reader: ImageReader,
+    items: pa.Table,
+    notes: Iterable[str] = (),
+    left_out: Iterable[str] = (),
+) -> Source:
+    """Return the source of these images. Images with the key of an earlier one get a key of their own.
+
+    Args:
+        description, classes, reader, items, notes, left_out: see `Source`. Further notes are added.
+    """
+    items, key_notes = _with_distinct_keys(items.combine_chunks())
+    source = Source(description, items, classes, reader, left_out=tuple(left_out))
+    oddities = (
+        imagenet.find_oddities(classes, source.images_per_class().tolist()) if source.kind == "class" else ()
+    )
+    return replace(source, notes=(*notes, *key_notes, *oddities))
 
 
 def _with_distinct_keys(items: pa.Table) -> tuple[pa.Table, list[str]]:
@@ -165,7 +206,7 @@ def _with_distinct_keys(items: pa.Table) -> tuple[pa.Table, list[str]]:
         taken.add(numbered)
         keys[place] = numbered
         renamed.append(place)
-    example = Item(**items.slice(renamed[0], 1).to_pylist()[0]).describe()
+    example = rows_of(items.slice(renamed[0], 1))[0].describe()
     note = (
         f"{plural(len(renamed), 'image')} got a number at the end of the key, because another image has the same: "
         f"{example} has the key {keys[renamed[0]]}"
@@ -188,4 +229,24 @@ def map_items(
 
 def rows_of(items: pa.Table) -> list[Item]:
     """The rows of a table (ITEMS) as a list."""
-    return list(map(Item._make, zip(*(column.to_pylist() for column in items.columns), strict=True)))
+    columns = (items[name].to_pylist() for name in ITEMS.names)
+    return list(map(Item._make, zip(*columns, strict=True)))
+
+
+def kept_names(items: pa.Table) -> list[str]:
+    """The columns besides those of ITEMS: values that are kept."""
+    return items.column_names[len(ITEMS) :]
+
+
+def kept_arrays(rows: list[dict[str, Any]], names: list[str]) -> dict[str, pa.Array]:
+    """The columns of kept values: numbers, true and false where all values of a column are, otherwise texts."""
+    return {name: _kept_array([row.get(name) for row in rows]) for name in names}
+
+
+def _kept_array(values: list[Any]) -> pa.Array:
+    types = {type(value) for value in values} - {type(None)}
+    for allowed, kind in (({bool}, pa.bool_()), ({int}, pa.int64()), ({int, float}, pa.float64())):
+        if types and types <= allowed:
+            return pa.array(values, kind)
+    texts = [v if v is None or isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in values]
+    return pa.array(texts, pa.string())

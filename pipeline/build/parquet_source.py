@@ -1,16 +1,20 @@
 """Parquet files as a source: one column with the images' bytes and one with labels, like datasets on the Hugging Face Hub.
 
-A row's image is `bytes`, or a struct with `bytes` and `path`. Columns are compressed per row group, so reading one image
-costs a whole row group. Therefore the images of each file are first extracted ("spooled") to a plain file:
+A row's image is `bytes`, or a struct with `bytes` and `path`; without bytes, the file `path` beside the Parquet file. Rows
+without an image are left out and listed. `pipeline.build.columns` chooses the columns. Columns are compressed per row
+group, so reading one image costs a whole row group. Therefore the images of each file are first extracted ("spooled") to a
+plain file:
 
     DEST/building/part-00000.bin       the images, one after another
-    DEST/building/part-00000.parquet   where each image is (SPOOL_SCHEMA). Its metadata key `of` has name and size of the
-                                       Parquet file, so that a resumed build keeps it only for the same file
+    DEST/building/part-00000.parquet   where each image is (SPOOL_SCHEMA). Its metadata key `part` has name, size and columns
+                                       of the Parquet file, so that a resumed build keeps it only for the same file, and what
+                                       else was found in it (_Part)
 """
 
 import functools
 import io
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -18,10 +22,22 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import BaseModel
 
 from pipeline.build import imagenet
-from pipeline.build.image_table import ITEMS, RangeReader, Source, make_source
-from pipeline.dataset.labels import LabelCollector
+from pipeline.build.columns import Column, choose_image, choose_label, class_names, features_of, kept_columns
+from pipeline.build.file_names import split_of
+from pipeline.build.image_table import (
+    ITEMS,
+    RangeReader,
+    Source,
+    SourceOptions,
+    kept_arrays,
+    make_source,
+    with_labels,
+)
+from pipeline.dataset.fields import label_value
+from pipeline.dataset.labels import LabelCollector, LabelEncoder
 from pipeline.dataset.manifest import BUILDING, BUILDING_FOLDER, NO_LABEL
 from pipeline.errors import UserError
 from pipeline.parallel import ParallelMap
@@ -29,67 +45,149 @@ from pipeline.storage.parquet import parse_parquet, to_parquet
 from pipeline.storage.ranged_file import RangedFile
 from pipeline.storage.store import Store, open_shared, open_store
 
-IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "bytes")
-LABEL_COLUMNS = ("label", "labels", "cls", "class", "fine_label")
 BATCH_ROWS = 64  # rows in memory at once
 READ_BYTES = 1 << 20  # of a column are read at once
-# ITEMS with labels as text, "" for none.
-SPOOL_SCHEMA = pa.schema([pa.field("label", pa.string()) if f.name == "label" else f for f in ITEMS])
+# ITEMS with labels as text, "" for none (see `pipeline.dataset.fields`), and the values of --keep-json as JSON.
+SPOOL_SCHEMA = pa.schema(
+    [
+        *(pa.field("label", pa.string()) if f.name == "label" else f for f in ITEMS),
+        pa.field("kept", pa.string()),
+    ]
+)
+PART_VERSION = 2  # of the contents of parts: those of other versions are extracted again
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """The columns that are read."""
+
+    image: str
+    label: Column | None
+    keep: dict[str, Column]
+    is_label_chosen: bool  # by the user
+
+    def names(self) -> list[str]:
+        others = [*([self.label] if self.label else []), *self.keep.values()]
+        return list(dict.fromkeys([self.image, *(column.name for column in others)]))
+
+
+class _Part(BaseModel):
+    """What was found in a Parquet file, besides its images."""
+
+    file: str
+    size: int  # bytes
+    version: int
+    columns: str  # that were read
+    class_names: list[str] = []
+    left_out: list[str] = []  # one line per row without an image
 
 
 def parquet_source(
-    store: Store, names: list[str], open_spool: Callable[[], Store], run: ParallelMap
+    store: Store, names: list[str], open_spool: Callable[[], Store], run: ParallelMap, options: SourceOptions
 ) -> Source:
-    """The images of these Parquet files. UserError if no column contains images.
+    """The images of these Parquet files. UserError if no column contains images, or it is unclear which.
 
     `open_spool`: see `pipeline.build.sources.open_source`.
     """
-    splits = sorted({name.rpartition("/")[2].partition("-")[0] for name in names if "-of-" in name})
-    if len(splits) > 1:
-        raise UserError(
-            f"{store.url} has files of several splits in it ({', '.join(splits)}): choose one, such as "
-            f"{store.describe(f'{splits[0]}-*.parquet')}"
-        )
-    first = _open(store, names[0])
-    _columns(store.describe(names[0]), first.schema_arrow)
-    class_names = _class_names(first)
+    if options.splits != "merge":
+        _check_splits(store, names)
+    columns, notes = _choose_columns(store.describe(names[0]), _open(store, names[0]).schema_arrow, options)
     url = open_spool().url
-    jobs = [_SpoolJob(store.url, name, url, number) for number, name in enumerate(names)]
+    jobs = [_SpoolJob(store.url, name, url, number, columns) for number, name in enumerate(names)]
     for _ in run(spool_images, jobs):
         pass
-    collector = LabelCollector()
-    tables: list[pa.Table] = []
-    texts: list[str] = []
+    collector = LabelCollector(options.fields.kind)
+    tables, parts = [], []
     for job in jobs:
-        table = job.read_result()
-        assert table is not None
-        labels = table["label"].to_pylist()
-        collector.add(labels, functools.partial(_place, store.describe(job.name), table))
-        texts += labels
-        tables.append(table.replace_schema_metadata())
+        result = job.read_result()
+        assert result is not None
+        part, table = result
+        collector.add(table["label"].to_pylist(), functools.partial(_place, store.describe(job.name), table))
+        parts.append(part)
+        tables.append(table)
     encoder = collector.encoder()
     if encoder.first_problem:
-        raise UserError(encoder.first_problem)
-    if encoder.kind != "class":
-        raise UserError(f"{store.url}: labels that are not one class for each image cannot be built yet")
-    encoded = encoder.encode(texts)
-    items = pa.concat_tables(tables).set_column(1, ITEMS.field("label"), encoded)
-    classes = encoder.classes
-    if classes and not encoder.by_name and len(class_names) >= len(classes):
-        # ImageNet on the Hub has the classes as English words, in the order of their wnids.
-        is_imagenet = len(class_names) == len(imagenet.wnids()) and class_names[0].startswith("tench")
-        classes = list(imagenet.wnids()) if is_imagenet else class_names
-    if classes and all(imagenet.WNID.fullmatch(name) for name in classes):
+        raise UserError(f"{encoder.first_problem}; --label chooses another column")
+    table = pa.concat_tables(tables)
+    if not len(table):
+        first = next((line for part in parts for line in part.left_out), "no rows")
+        raise UserError(f"{store.url} has no images in it: {first}")
+    notes += [encoder.note] if encoder.note else []
+    classes, more = _classes(store, parts, encoder)
+    items = with_labels(table.select(ITEMS.names), encoder.encode(table["label"].to_pylist()))
+    if encoder.kind == "class" and classes and all(imagenet.WNID.fullmatch(name) for name in classes):
         keys = [
             f"{classes[label]}/{key}" if label != NO_LABEL else key
-            for key, label in zip(items["key"].to_pylist(), encoded.to_pylist(), strict=True)
+            for key, label in zip(items["key"].to_pylist(), items["label"].to_pylist(), strict=True)
         ]
-        items = items.set_column(0, "key", pa.array(keys))
-    return make_source(store.url, classes, RangeReader(url), items)
+        items = items.set_column(0, ITEMS.field("key"), pa.array(keys, pa.string()))
+    kept = [json.loads(text) for text in table["kept"].to_pylist()] if columns.keep else []
+    for name, array in kept_arrays(kept, list(columns.keep)).items():
+        items = items.append_column(name, array)
+    left_out = tuple(line for part in parts for line in part.left_out)
+    return make_source(store.url, classes, RangeReader(url), items, [*notes, *more], left_out)
 
 
-def _place(where: str, table: pa.Table, i: int) -> str:
-    return f"{where}: {table['key'][i].as_py()}"
+def _check_splits(store: Store, names: list[str]) -> None:
+    """UserError if the files belong to several splits, such as train-00000-of-00010.parquet and test-00000-of-00001.parquet."""
+    splits: dict[str, str] = {}  # split → its first file
+    for name in names:
+        *folders, base = name.split("/")
+        start, dash, _ = base.partition("-")
+        split = (
+            start
+            if dash and "-of-" in base
+            else next(filter(split_of, [*folders, re.split(r"[-_.]", base)[0]]), "")
+        )
+        splits.setdefault(split_of(split) or split, name)
+    if len(splits) > 1:
+        name = splits[min(splits)]
+        folder = next((part for part in name.split("/")[:-1] if split_of(part)), None)
+        pattern = f"{re.split('[-_.]', name.rpartition('/')[2])[0]}*.parquet"
+        example = (
+            name[: name.index(folder) + len(folder)] if folder else name.rpartition("/")[0] + f"/{pattern}"
+        )
+        raise UserError(
+            f"{store.url} has files of several splits in it ({', '.join(filter(None, sorted(splits)))}): choose one, such as "
+            f"{store.describe(example.lstrip('/'))}, or add --splits merge to take all of them"
+        )
+
+
+def _choose_columns(where: str, schema: pa.Schema, options: SourceOptions) -> tuple[_Columns, list[str]]:
+    """Which columns are read, and notes on the choice."""
+    fields = options.fields
+    image, image_notes = choose_image(where, schema, fields)
+    others = [name for name in schema.names if name != image]
+    label, label_notes = choose_label(where, others, fields, schema)
+    if label is not None and len(others) == 1:  # nothing to choose
+        label_notes = []
+    keep = kept_columns(where, others, fields)
+    return _Columns(image, label, keep, fields.label is not None), [*image_notes, *label_notes]
+
+
+def _classes(store: Store, parts: list[_Part], encoder: LabelEncoder) -> tuple[list[str], list[str]]:
+    """The class names: those of the files' features where labels are numbers. Returns also notes."""
+    named = [part for part in parts if part.class_names]
+    if encoder.kind == "numbers" or encoder.by_name or not encoder.classes or not named:
+        return encoder.classes, []
+    names = named[0].class_names
+    if other := next((part for part in named if part.class_names != names), None):
+        raise UserError(
+            f"{store.url}: {named[0].file} and {other.file} have different class names for the same numbers: build a dataset "
+            "of each"
+        )
+    if len(names) < len(encoder.classes):
+        highest = len(encoder.classes) - 1
+        return encoder.classes, [
+            f"the classes are named by their numbers, because the files name {len(names):,} classes and there is a label {highest}"
+        ]
+    # ImageNet on the Hub has the classes as English words, in the order of their wnids.
+    is_imagenet = len(names) == len(imagenet.wnids()) and names[0].startswith("tench")
+    return list(imagenet.wnids()) if is_imagenet else names, []
+
+
+def _place(where: str, table: pa.Table, row: int) -> str:
+    return f"{where}: {table['key'][row].as_py()}"
 
 
 @dataclass(frozen=True)
@@ -100,26 +198,33 @@ class _SpoolJob:
     name: str
     spool_url: str
     number: int
+    columns: _Columns
 
     @property
     def part(self) -> str:
         return f"{BUILDING_FOLDER}/part-{self.number:05d}"
 
-    def read_result(self) -> pa.Table | None:
-        """Where the images are (SPOOL_SCHEMA); None if they have not been extracted."""
+    def new_part(self) -> _Part:
+        size = open_store(self.url, already_reached=True).size(self.name)
+        return _Part(file=self.name, size=size, version=PART_VERSION, columns=repr(self.columns))
+
+    def read_result(self) -> tuple[_Part, pa.Table] | None:
+        """What was found, and where the images are (SPOOL_SCHEMA); None if they have not been extracted."""
         spool = open_store(self.spool_url, already_reached=True)
         name = f"{self.part}.parquet"
         try:
             data = spool.read(name)
         except FileNotFoundError:
             return None
+        try:
+            metadata = pq.read_schema(io.BytesIO(data)).metadata or {}
+            part = _Part.model_validate_json(metadata[b"part"])
+        except (pa.ArrowException, KeyError, ValueError):
+            return None
+        if part.model_copy(update={"class_names": [], "left_out": []}) != self.new_part():
+            return None
         table = parse_parquet(spool.describe(name), data, SPOOL_SCHEMA, SPOOL_SCHEMA.names)
-        metadata = pq.read_schema(io.BytesIO(data)).metadata or {}
-        return table if metadata.get(b"of") == self.tag() else None
-
-    def tag(self) -> bytes:
-        """Identifies the Parquet file: its name and size."""
-        return json.dumps([self.name, open_store(self.url, already_reached=True).size(self.name)]).encode()
+        return part, table.replace_schema_metadata()
 
 
 def spool_images(job: _SpoolJob) -> None:
@@ -127,72 +232,77 @@ def spool_images(job: _SpoolJob) -> None:
     if job.read_result() is not None:
         return
     store, spool = open_store(job.url, already_reached=True), open_shared(job.spool_url, BUILDING)
-    file = _open(store, job.name)
-    image, label = _columns(store.describe(job.name), file.schema_arrow)
+    file, columns, part = _open(store, job.name), job.columns, job.new_part()
+    where = store.describe(job.name)
+    if missing := [name for name in columns.names() if name not in file.schema_arrow.names]:
+        raise UserError(
+            f"{where} has no column {missing[0]}, which other files have: choose the files with a pattern"
+        )
+    part.class_names = class_names(features_of(file.schema_arrow), columns.label) if columns.label else []
     rows: list[dict[str, Any]] = []
     offset = 0
     with spool.staging(f"{job.part}.bin") as path, path.open("wb") as out:
-        for value, text in _values(store, job.name, file, image, label):
-            data, name = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
-            if not data:
-                raise UserError(f"{store.describe(job.name)}: row {len(rows)} has no image")
+        for number, row in enumerate(_rows(where, file, columns.names())):
+            data, name = _image(store, job.name, row[columns.image])
+            if isinstance(data, str):
+                part.left_out.append(f"{job.name}, row {number}: {data}")
+                continue
             stem = PurePosixPath(name).stem.replace(".", "_") if name else ""
-            key = stem or f"{PurePosixPath(job.name).stem.replace('.', '_')}-{len(rows):06d}"
             out.write(data)
             rows.append(
                 {
-                    "key": key,
-                    "label": "" if text in (None, NO_LABEL) else str(text),
+                    "key": stem or f"{PurePosixPath(job.name).stem.replace('.', '_')}-{number:06d}",
+                    "label": _label(where, number, columns, row),
                     "file": f"{job.part}.bin",
                     "offset": offset,
                     "size": len(data),
+                    "kept": json.dumps(
+                        {name: column.value(row) for name, column in columns.keep.items()}, default=str
+                    ),
                 }
             )
             offset += len(data)
-    table = pa.Table.from_pylist(rows, schema=SPOOL_SCHEMA).replace_schema_metadata({"of": job.tag()})
+    metadata = {"part": part.model_dump_json()}
+    table = pa.Table.from_pylist(rows, schema=SPOOL_SCHEMA).replace_schema_metadata(metadata)
     spool.write(f"{job.part}.parquet", to_parquet(table))
 
 
-def _values(
-    store: Store, name: str, file: pq.ParquetFile, image: str, label: str | None
-) -> Iterator[tuple[Any, Any]]:
-    """Yield each row's image and label (None without a label column). UserError if the file is damaged."""
+def _image(store: Store, parquet: str, value: Any) -> tuple[bytes | str, str]:
+    """The bytes of a row's image and its name, "" if it has none. Instead of bytes, why there are none."""
+    data, name = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+    name = str(name or "")
+    if data or not name:
+        return data or "it has no image", name
+    path = name if name.startswith("/") and store.is_local else str(PurePosixPath(parquet).parent / name)
+    if ".." not in path.split("/"):
+        folder = open_store("/") if path.startswith("/") else store
+        try:
+            return folder.read(path.lstrip("/")) or "its image is empty", name
+        except (FileNotFoundError, IsADirectoryError):
+            pass
+    return f"it has no bytes, and there is no file {name} beside the Parquet file", name
+
+
+def _label(where: str, number: int, columns: _Columns, row: dict[str, Any]) -> str:
+    """The label of a row as text. UserError if it cannot be one."""
+    if columns.label is None:
+        return ""
     try:
-        for batch in file.iter_batches(
-            BATCH_ROWS, columns=[image, *([label] if label else [])], use_threads=False
-        ):
-            images = batch.column(image).to_pylist()
-            labels = batch.column(label).to_pylist() if label else [None] * len(images)
-            yield from zip(images, labels, strict=True)
+        return label_value(columns.label.value(row), columns.is_label_chosen)
+    except ValueError as error:
+        raise UserError(
+            f"{where}, row {number}: the value of the column {columns.label.text} cannot be a label: {error}. --label chooses "
+            "another column, --label none takes none"
+        ) from None
+
+
+def _rows(where: str, file: pq.ParquetFile, columns: list[str]) -> Iterator[dict[str, Any]]:
+    """Yield the values of these columns for each row. UserError if the file is damaged."""
+    try:
+        for batch in file.iter_batches(BATCH_ROWS, columns=columns, use_threads=False):
+            yield from batch.to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{store.describe(name)} is damaged ({error}): copy it again") from None
-
-
-def _columns(where: str, schema: pa.Schema) -> tuple[str, str | None]:
-    """Return the names of the image column and the label column."""
-    image = next((name for name in IMAGE_COLUMNS if name in schema.names), None)
-    if image is None:
-        raise UserError(
-            f"{where} has no image column (expected {', '.join(IMAGE_COLUMNS)}; it has {', '.join(schema.names)})"
-        )
-    kind = schema.field(image).type
-    if pa.types.is_struct(kind):
-        kind = kind.field("bytes").type if kind.get_field_index("bytes") >= 0 else None
-    if kind is None or not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-        raise UserError(
-            f"{where}: the column {image} has the type {schema.field(image).type}, expected the images' bytes"
-        )
-    return image, next((name for name in LABEL_COLUMNS if name in schema.names), None)
-
-
-def _class_names(file: pq.ParquetFile) -> list[str]:
-    """The class names in the metadata that Hugging Face's `datasets` writes, or []."""
-    try:
-        features = json.loads((file.schema_arrow.metadata or {})[b"huggingface"])["info"]["features"]
-        label = next(features[name] for name in LABEL_COLUMNS if name in features)
-        return [str(name) for name in label["names"]]
-    except (KeyError, ValueError, TypeError, StopIteration):
-        return []
+        raise UserError(f"{where} is damaged ({error}): copy it again") from None
 
 
 def _open(store: Store, name: str) -> pq.ParquetFile:

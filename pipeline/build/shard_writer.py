@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import json
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import webdataset
 from crc32c import crc32c
 from pydantic import BaseModel
 
-from pipeline.build.image_table import ImageReader, Item, SourceOptions, map_items, rows_of
+from pipeline.build.image_table import ImageReader, Item, Label, SourceOptions, kept_names, map_items, rows_of
 from pipeline.dataset.image_check import CheckedImage, Conversion, check_image
 from pipeline.dataset.manifest import (
     BUILDING,
@@ -103,10 +104,10 @@ def write_shard(job: ShardJob) -> tuple[Receipt, bool]:
     if first is not None:
         with store.staging(job.name) as path:
             with path.open("wb", buffering=1 << 16) as file:  # larger images bypass the buffer
-                _write_tar(_DigestingFile(file, contents), itertools.chain([first], samples), contents)
+                _write_tar(_DigestingFile(file, contents), job, itertools.chain([first], samples), contents)
             size = path.stat().st_size
             _check_build(store, job)
-        index = pa.table(contents.columns, schema=INDEX_SCHEMA)
+        index = _index_table(job.items, contents)
         data = to_parquet(index)
         _check_build(store, job)
         store.write(index_name(job.name), data)
@@ -137,13 +138,25 @@ class _TarContents:
 
     # The index's columns.
     columns: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in INDEX_SCHEMA.names})
+    places: list[int] = field(default_factory=list)  # of the images in the job's table
     digest: Any = field(default_factory=hashlib.sha256)
     odd: dict[str, int] = field(default_factory=dict)
     changed: int = 0
 
 
-def _samples(job: ShardJob, skipped: list[str]) -> Iterator[tuple[Item, CheckedImage]]:
-    """Yield the readable images, in order. Appends a line to `skipped` for each other one."""
+def _index_table(items: pa.Table, contents: _TarContents) -> pa.Table:
+    """The index of the tar, with the label's type and the kept values of its images."""
+    kind = items.schema.field("label")
+    schema = INDEX_SCHEMA.set(INDEX_SCHEMA.get_field_index("label"), kind)
+    index = pa.table(contents.columns, schema=schema)
+    kept = items.select(kept_names(items)).take(pa.array(contents.places, pa.int64()))
+    for name in kept.column_names:
+        index = index.append_column(name, kept[name])
+    return index
+
+
+def _samples(job: ShardJob, skipped: list[str]) -> Iterator[tuple[int, Item, CheckedImage]]:
+    """Yield the readable images and their places in `job.items`, in order. Appends a line to `skipped` for each other one."""
     read = job.reader.open()
     decode, conversion = job.options.check == "decode", job.options.conversion
 
@@ -155,9 +168,9 @@ def _samples(job: ShardJob, skipped: list[str]) -> Iterator[tuple[Item, CheckedI
 
     items = rows_of(job.items)
     checked = map_items(load, items, job.reader, job.memory)
-    for item, image in zip(items, checked, strict=True):
+    for place, (item, image) in enumerate(zip(items, checked, strict=True)):
         if isinstance(image, CheckedImage):
-            yield item, image
+            yield place, item, image
             continue
         if job.options.strict:
             raise UserError(
@@ -167,16 +180,21 @@ def _samples(job: ShardJob, skipped: list[str]) -> Iterator[tuple[Item, CheckedI
 
 
 def _write_tar(
-    file: "_DigestingFile", samples: Iterable[tuple[Item, CheckedImage]], contents: _TarContents
+    file: "_DigestingFile",
+    job: ShardJob,
+    samples: Iterable[tuple[int, Item, CheckedImage]],
+    contents: _TarContents,
 ) -> None:
     """Write samples to a tar, and record their index rows in `contents`."""
+    kept = job.items.select(kept_names(job.items)).to_pylist()
     # PAX equals USTAR except for long names. Fixed times and owners make the bytes reproducible.
     with webdataset.TarWriter(file, mtime=0, user="maestream", group="maestream", format="PAX_FORMAT") as tar:
         tar.tarstream.copybufsize = 1 << 20  # write an image at once, not in pieces of 16 KiB
-        for item, image in samples:
-            label = {} if item.label == NO_LABEL else {"cls": str(item.label).encode()}
-            tar.write({"__key__": item.key, image.extension: image.data, **label})
-            # The files of a sample are sorted by extension, so the image comes last, padded to whole blocks.
+        for place, item, image in samples:
+            if fields := _field_files(item.label, kept[place] if kept else {}):
+                tar.write({"__key__": item.key, **fields})
+            tar.write({"__key__": item.key, image.extension: image.data})
+            # The image is written last, padded to whole blocks.
             offset = tar.tarstream.offset - -(-len(image.data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
             row = (
                 item.key,
@@ -187,12 +205,21 @@ def _write_tar(
                 image.height,
                 crc32c(image.data),
             )
+            contents.places.append(place)
             for column, value in zip(contents.columns.values(), row, strict=True):
                 column.append(value)
             contents.changed += image.changed
             if image.odd:
                 contents.odd[image.odd] = contents.odd.get(image.odd, 0) + 1
             tar.tarstream.members.clear()  # tarfile would keep every header in memory
+
+
+def _field_files(label: Label, kept: dict[str, Any]) -> dict[str, bytes]:
+    """The files of a sample besides its image, by extension: .cls with one class, .json with all else."""
+    files = {} if isinstance(label, list) or label in (None, NO_LABEL) else {"cls": str(label).encode()}
+    tree = {**({"label": label} if isinstance(label, list) else {}), **kept}
+    tree = {name: value for name, value in tree.items() if value is not None}
+    return {**files, **({"json": json.dumps(tree, ensure_ascii=False).encode()} if tree else {})}
 
 
 class _DigestingFile:

@@ -53,7 +53,9 @@ def open_source(
         run: does the work for several files, see `pipeline.parallel`.
         options: how the source is understood.
     """
+    options = options or SourceOptions()
     if url.startswith("synthetic:"):
+        _check_unused(url, "are drawn", options)
         return _synthetic(url)
     store = open_store(url)
     folder, _, name = store.url.rpartition("/")
@@ -65,18 +67,19 @@ def open_source(
             names = []
         if not names:
             raise UserError(f"{url}: no file matches this pattern")
-        return _files(parent, names, open_spool, devkit, run)
+        return _files(parent, names, open_spool, devkit, run, options)
     if COMPRESSED_NAME.search(name):
         raise UserError(compressed_message(parent, name))
     if name.endswith((".tar", ".parquet")):
-        return _files(parent, [name], open_spool, devkit, run)
+        return _files(parent, [name], open_spool, devkit, run, options)
     if store.exists(MANIFEST):
+        _check_unused(store.url, "are those of a dataset", options)
         return dataset_source(store)
     sizes = store.sizes()
     if not sizes and not store.exists(""):
         raise UserError(f"{store.url}: no such file or folder")
     if any(map(is_image, sizes)):
-        return folder_source(store, sizes, options or SourceOptions())
+        return folder_source(store, sizes, options)
     visible = [name for name in sizes if not is_hidden(name)]
     tars = [n for n in visible if n.endswith(".tar")]
     names = tars or [n for n in visible if n.endswith(".parquet")]
@@ -85,13 +88,20 @@ def open_source(
         raise UserError(
             f"{store.url} has no images in it (expected {', '.join(IMAGE_EXTENSIONS)}, .tar or .parquet files{found})"
         )
-    return _files(store, names, open_spool, devkit, run)
+    return _files(store, names, open_spool, devkit, run, options)
 
 
 def _files(
-    store: Store, names: list[str], open_spool: Callable[[], Store], devkit: str | None, run: ParallelMap
+    store: Store,
+    names: list[str],
+    open_spool: Callable[[], Store],
+    devkit: str | None,
+    run: ParallelMap,
+    options: SourceOptions,
 ) -> Source:
     """The source for tars or for Parquet files."""
+    if any(name.endswith(".tar") for name in names):
+        _check_unused(store.url, "are in tars", options)
     if len(names) == 1 and names[0].endswith(".tar"):
         return tar_source(store, names[0], devkit, run)
     if official := next((n for n in names if n.startswith("ILSVRC2012_img_")), None):
@@ -101,10 +111,22 @@ def _files(
     if all(n.endswith(".tar") for n in names):
         return webdataset_source(store, names)
     if all(n.endswith(".parquet") for n in names):
-        return parquet_source(store, names, open_spool, run)
+        return parquet_source(store, names, open_spool, run, options)
     raise UserError(
         f"{store.url}: {names[0]} and {names[-1]} are of different types: select one with a pattern, such as *.tar"
     )
+
+
+def _check_unused(where: str, why: str, options: SourceOptions) -> None:
+    """UserError if there are options for a source that has no use for them."""
+    if options != SourceOptions():
+        names = {"splits": "--splits", "allow_empty_classes": "--allow-empty-classes"}
+        used = [
+            names.get(name, "--image, --label, --label-kind and --keep-json") for name in options.changes()
+        ]
+        raise UserError(
+            f"{where}: its images {why}; {' and '.join(used)} are for folders and Parquet files: leave them out"
+        )
 
 
 def _synthetic(url: str) -> Source:

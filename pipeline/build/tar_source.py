@@ -15,7 +15,7 @@ from pipeline.build.image_table import ITEMS, RangeReader, Source, make_source
 from pipeline.dataset.dataset import open_dataset
 from pipeline.dataset.index import THREADS
 from pipeline.dataset.labels import LabelCollector
-from pipeline.dataset.manifest import NO_LABEL
+from pipeline.dataset.manifest import INDEX_SCHEMA, NO_LABEL, label_type
 from pipeline.dataset.webdataset import printable, scan_shard
 from pipeline.errors import UserError
 from pipeline.parallel import ParallelMap, map_ahead
@@ -156,25 +156,26 @@ def _place(where: str, rows: pa.Table, i: int) -> str:
 
 
 def dataset_source(store: Store) -> Source:
-    """The samples of a dataset with a manifest; its indexes tell where they are."""
+    """The samples of a dataset with a manifest; its indexes tell where they are, and what else is known of them."""
     dataset = open_dataset(store.url)
+    schema = ITEMS.set(ITEMS.get_field_index("label"), pa.field("label", label_type(dataset.manifest.labels)))
     tables = []
-    for shard, index in enumerate(
-        map_ahead(dataset.read_index_table, range(dataset.manifest.shards), THREADS)
-    ):
-        tables.append(
-            pa.table(
-                {
-                    "key": index["key"],
-                    "label": index["label"],
-                    "file": [dataset.shard_name(shard)] * len(index),
-                    "offset": index["offset"],
-                    "size": index["size"].cast(pa.int64()),
-                },
-                schema=ITEMS,
-            )
+    read = functools.partial(dataset.read_index_table, kept=True)
+    for shard, index in enumerate(map_ahead(read, range(dataset.manifest.shards), THREADS)):
+        items = pa.table(
+            {
+                "key": index["key"],
+                "label": index["label"],
+                "file": [dataset.shard_name(shard)] * len(index),
+                "offset": index["offset"],
+                "size": index["size"].cast(pa.int64()),
+            },
+            schema=schema,
         )
-    items = pa.concat_tables(tables)
+        for name in index.column_names[len(INDEX_SCHEMA) :]:
+            items = items.append_column(name, index[name])
+        tables.append(items)
+    items = pa.concat_tables(tables, promote_options="default")
     return make_source(store.url, dataset.manifest.classes, RangeReader(dataset.shard_store.url), items)
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cluster.cli.shards.common import summary
+from cluster.cli.shards.common import fields_options, summary
 from cluster.terminal.console import BuildProgress, console
 from pipeline.dataset.dataset import open_dataset
 from pipeline.storage.store import Store, open_store
@@ -67,6 +67,7 @@ SEED = click.IntRange(min=0, max=2**31 - 1)
     is_flag=True,
     help="Of images with identical bytes, keep only the first. Reads all images twice.",
 )
+@fields_options
 @click.option(
     "--splits",
     type=click.Choice(["classes", "merge"]),
@@ -101,7 +102,7 @@ def build(source: str, dest: str, **options: Any) -> None:
     DEST is the folder of the dataset. SOURCE is one of:
 
     \b
-      a folder of class folders, or of images
+      a folder of class folders, or of images, perhaps with metadata.csv
       ILSVRC2012_img_train.tar, or ILSVRC2012_img_val.tar with --devkit
       a WebDataset tar, or a folder of them
       Parquet files, for example "data/train-*.parquet"
@@ -113,6 +114,7 @@ def build(source: str, dest: str, **options: Any) -> None:
     from pipeline.build.build import CONTACT_SHEET, build
     from pipeline.build.image_table import SourceOptions
     from pipeline.build.shard_writer import BuildOptions, Receipt
+    from pipeline.dataset.fields import parse_fields
     from pipeline.dataset.image_check import Conversion
     from pipeline.loading.contact_sheet import draw_contact_sheet
 
@@ -127,7 +129,11 @@ def build(source: str, dest: str, **options: Any) -> None:
         ),
         strict=options["strict"],
         drop_duplicates=options["drop_duplicates"],
-        source=SourceOptions(options["splits"], options["allow_empty_classes"]),
+        source=SourceOptions(
+            options["splits"],
+            options["allow_empty_classes"],
+            parse_fields(options["image"], options["label"], options["kind"], options["keep"]),
+        ),
     )
     started = time.monotonic()
     with task_pool(options["tasks"]) as run, BuildProgress() as progress:

@@ -1,14 +1,11 @@
 """Class folders as people have them: hidden folders, splits, empty classes, odd names. Nothing is misread in silence."""
 
-import io
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
 from pipeline.build.build import BuildResult, build
 from pipeline.build.file_names import is_image, split_of
@@ -16,25 +13,11 @@ from pipeline.build.image_table import ITEMS, RangeReader, Source, SourceOptions
 from pipeline.build.shard_writer import BuildOptions
 from pipeline.build.sources import open_source
 from pipeline.dataset.dataset import open_dataset
+from pipeline.dataset.fields import parse_fields
 from pipeline.dataset.verify import verify
 from pipeline.errors import UserError
 from pipeline.storage.store import open_store
-
-
-def picture(number: int = 0, format: str = "JPEG") -> bytes:
-    data = io.BytesIO()
-    pixels = np.random.default_rng(number).integers(0, 255, (8, 8, 3), np.uint8)
-    Image.fromarray(pixels).save(data, format)
-    return data.getvalue()
-
-
-def tree(folder: Path, *names: str) -> Path:
-    """A folder of these files, each a different picture."""
-    for number, name in enumerate(names):
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture(number, "PNG" if path.suffix.lower() == ".png" else "JPEG"))
-    return folder
+from tests.support.data.pictures import tree
 
 
 def opened(folder: Path, options: SourceOptions | None = None) -> Source:
@@ -226,7 +209,35 @@ def test_links_that_lead_in_a_circle_end(tmp_path: Path) -> None:
 # ---- builds that were interrupted -------------------------------------------------------------------------------
 
 
-def test_the_identity_of_a_build_has_only_the_options_that_are_used(tmp_path: Path) -> None:
-    """building.json of earlier versions stays equal, so their builds are resumed."""
-    assert SourceOptions().changes() == {}
-    assert SourceOptions("merge", True).changes() == {"splits": "merge", "allow_empty_classes": True}
+def test_building_json_of_earlier_versions_stays_equal(tmp_path: Path) -> None:
+    """So their interrupted builds are resumed. Newer options are in it only where they are used."""
+    store = open_store(str(tmp_path / "out"))
+
+    def die(images: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build("synthetic:?count=4", store, BuildOptions(), on_plan=die)
+    assert store.read("building.json").decode() == EARLIER
+    options = SourceOptions("merge", True, parse_fields(label="age"))
+    assert options.changes() == {
+        "splits": "merge",
+        "allow_empty_classes": True,
+        "fields": {"image": None, "label": "age", "kind": None, "keep": ()},
+    }
+
+
+EARLIER = """{
+  "source": "synthetic:?count=4",
+  "shard_bytes": 134217728,
+  "seed": 0,
+  "check": "decode",
+  "changes": {
+    "shorter_side": null,
+    "longer_side": null,
+    "rgb_jpeg": false,
+    "quality": 90
+  },
+  "drop_duplicates": false
+}
+"""
