@@ -54,6 +54,7 @@ Ray exports these from a port of each node's metrics agent; `ray start --head` l
 SECTIONS: list[tuple[str, str, type[BaseModel]]] = [
     ("All runs", "", schema.RunConfig),
     ("data", "data", schema.DataConfig),
+    ("data.normalise", "data.normalise", schema.NormaliseConfig),
     ("checkpoint", "checkpoint", schema.CheckpointConfig),
     ("workers", "workers", schema.WorkersConfig),
     ("model", "model", model_schema.EncoderConfig),
@@ -184,6 +185,8 @@ def kind(spec: dict[str, Any]) -> str:
         return f"`{spec['const']}`"
     if "enum" in spec:
         return " or ".join(f"`{option}`" for option in spec["enum"])
+    if "items" in spec:
+        return "list, each " + kind(spec["items"])
     if spec.get("type") == "array":
         return "list of " + str(len(spec["prefixItems"])) + ": " + kind(spec["prefixItems"][0])
     words = {

@@ -55,6 +55,7 @@ pool_option = click.option(
 def _make_template(run: str, step: int | None, crop: float | None, **options: Any) -> InferenceShard:
     """Return the job that all tasks of a command share, without a dataset and its range of samples."""
     from trainer.config.model_schema import ClassifierConfig
+    from trainer.models.pixels import describe_normalisation
     from trainer.weights.pretrained import read_model_info
     from trainer.weights.resize import resize_config
 
@@ -66,9 +67,20 @@ def _make_template(run: str, step: int | None, crop: float | None, **options: An
         )
     if size := options.get("size"):  # raises UserError, before anything is written
         resize_config(info.model, size, "--image-size")
+    console.print(describe_normalisation(info.model))
     return InferenceShard(
         info.store.url, info.step, data="", first=0, last=0, crop=crop or info.crop, **options
     )
+
+
+def _open_data(url: str, job: InferenceShard) -> Dataset:
+    """Open a dataset. Raise UserError if the model cannot take its images."""
+    from trainer.models.pixels import check_pixels
+    from trainer.weights.pretrained import read_model_info
+
+    dataset = open_dataset(url)
+    check_pixels(read_model_info(job.run, job.step).model, dataset)
+    return dataset
 
 
 def _label(job: InferenceShard) -> str:
@@ -138,7 +150,8 @@ def evaluate(run: str, data: str, step: int | None, tasks: int | None, **options
 
     mAP, R² and the error leave out images that cannot be read, and say how many these are.
     """
-    job, dataset = _make_template(run, step, **options), open_dataset(data)
+    job = _make_template(run, step, **options)
+    dataset = _open_data(data, job)
     store = open_store(run)
     labels = _check_labels(job, dataset)
     measure = _measure_classes if labels.kind == "class" else _measure_predictions
@@ -214,7 +227,7 @@ def features(run: str, data: str, out: str, step: int | None, tasks: int | None,
     from trainer.evaluate.features import write_features
 
     template = replace(_make_template(run, step, **options), out=open_store(out).url)
-    dataset = open_dataset(data)
+    dataset = _open_data(data, template)
     samples = _samples_per_task(template)
     _write_description(open_store(out), template, dataset, samples)
     rows = 0
@@ -310,7 +323,7 @@ def knn(
     from trainer.labels.labels import check_datasets
 
     template = _make_template(run, step, **options)
-    bank, queries = open_dataset(data), open_dataset(val)
+    bank, queries = _open_data(data, template), _open_data(val, template)
     check_datasets(bank, queries)
     features_and_labels = []
     with task_pool(tasks, runs_model=True) as run_tasks:
@@ -367,4 +380,4 @@ def _as_tensors(tables: list[Any], dataset: Dataset) -> tuple[Any, Any]:
         raise UserError(f"{dataset.store.url} has samples without a label, which knn needs")
     columns = [table["feature"].combine_chunks() for table in tables]
     vectors = [column.flatten().to_numpy().reshape(len(column), -1) for column in columns]
-    return torch.from_numpy(np.concatenate(vectors)), torch.from_numpy(labels)
+    return torch.from_numpy(np.concatenate(vectors)), labels

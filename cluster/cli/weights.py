@@ -15,7 +15,7 @@ from trainer.weights.formats import FORMATS
 if TYPE_CHECKING:
     import torch
 
-    from pipeline.decode.decoder import Decoder
+    from trainer.config.model_schema import ModelConfig
     from trainer.weights.pretrained import PretrainedModel
 
 HEADS = click.IntRange(min=1)
@@ -123,6 +123,15 @@ def export(run: str, out: str, form: str, encoder: bool, step: int | None) -> No
     console.print(f"exported {pretrained.info.label} to {out}")
 
 
+def _parse_bands(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"--bands {text}: expected numbers of bands, for example 3,2,1") from None
+
+
 @click.command()
 @click.argument("run")
 @click.option("--data", metavar="DATASET", help="Dataset with the images; better not the one trained on.")
@@ -146,21 +155,36 @@ def export(run: str, out: str, form: str, encoder: bool, step: int | None) -> No
     help="How to draw a model's normalised patches: with the mean and variance of each original patch, or with those of the "
     "visible patches.",
 )
+@click.option(
+    "--bands",
+    metavar="R,G,B",
+    callback=lambda context, option, text: _parse_bands(text),
+    help="Bands of the images to draw as red, green and blue, or one band to draw in grey, counted from 1.  [default: 1,2,3, or "
+    "1 for images with fewer]",
+)
 @step_option
 @weights_options
 def reconstruct(
-    run: str, data: str | None, images: str | None, grid: str, count: int, statistics: Any, **options: Any
+    run: str,
+    data: str | None,
+    images: str | None,
+    grid: str,
+    count: int,
+    statistics: Any,
+    bands: tuple[int, ...] | None,
+    **options: Any,
 ) -> None:
     """Draw what a model reconstructs of masked images.
 
     Writes a PNG with original, masked and reconstructed images, and prints the error over masked patches. RUN is a run, or a
     file, folder or URL with the weights of an MAE.
     """
-    from pipeline.decode.factory import make_decoder
+    from pipeline.loading.pictures import picture_bands
     from trainer.config.device import best_device
     from trainer.config.model_schema import ModelConfig
     from trainer.evaluate.reconstruct import draw_grid, reconstruct
     from trainer.models.mae import MAE
+    from trainer.models.pixels import describe_normalisation
 
     if (data is None) == (images is None):
         raise UserError("give either --data DATASET or --images FOLDER")
@@ -169,12 +193,14 @@ def reconstruct(
     if not isinstance(config, ModelConfig):
         what = f"a run of `maestream {info.run.task}`" if info.run else "weights without a decoder"
         raise UserError(f"{info.location} cannot reconstruct images: it is {what}")
+    picture_bands(config.channels, bands)  # raises UserError before the images are read
+    console.print(describe_normalisation(config))
     model = MAE(config)
     model.load_state_dict(pretrained.weights)
     device = best_device()
-    pixels, ids = _load_images(data, images, make_decoder("auto", config.size, 4), count)
+    pixels, ids = _load_images(data, images, count, config)
     seed = info.run.seed if info.run else 0
-    result = reconstruct(model.to(device), pixels.to(device), ids.to(device), seed, statistics)
+    result = reconstruct(model.to(device), pixels.to(device), ids.to(device), seed, statistics, bands)
     write_file(grid, draw_grid(result))
     kind, fill = "patches", "the mean of the visible pixels"
     if config.norm_pix:
@@ -186,16 +212,22 @@ def reconstruct(
 
 
 def _load_images(
-    data: str | None, images: str | None, decoder: "Decoder", count: int
+    data: str | None, images: str | None, count: int, model: "ModelConfig"
 ) -> tuple["torch.Tensor", "torch.Tensor"]:
-    """Return images of a dataset or a folder, uint8[n, 3, height, width], and the ids that seed their masks, int64[n]."""
+    """Return images of a dataset or a folder, pixels [n, c, height, width], and the ids that seed their masks, int64[n]."""
     import torch
 
+    from pipeline.decode.factory import make_decoder
     from trainer.evaluate.reconstruct import load_evenly_spaced, read_image_folder
+    from trainer.models.pixels import check_pixels, images_taken
 
     if data is not None:
-        batch = load_evenly_spaced(open_dataset(data), decoder, count)
+        dataset = open_dataset(data)
+        check_pixels(model, dataset)
+        decoder = make_decoder("auto", model.size, 4, pixels=images_taken(model, dataset.manifest.pixels))
+        batch = load_evenly_spaced(dataset, decoder, count)
         return batch.images, batch.sample_ids
     assert images is not None
+    decoder = make_decoder("auto", model.size, 4, pixels=model.pixels)
     pixels = read_image_folder(open_store(images), decoder, count)
     return pixels, torch.arange(len(pixels))

@@ -42,6 +42,7 @@ from pipeline.text import plural
 from trainer.config.recipe import CONFIG_TYPES
 from trainer.config.schema import FinetuneConfig, LabelledRunConfig, PretrainConfig, RunConfig, WorkersConfig
 from trainer.labels.labels import check_datasets, labels_of_run
+from trainer.models.pixels import check_pixels, describe_normalisation
 from trainer.run.checkpoint import newest_checkpoint
 from trainer.run.events import Events
 from trainer.run.lease import Lease
@@ -49,7 +50,7 @@ from trainer.run.run import Run, create_run, make_order, open_run, pop_failure, 
 from trainer.run.worker import Callbacks, Worker
 from trainer.train.finetune import check_mixing
 from trainer.train.registry import TRAIN_FUNCTIONS
-from trainer.weights.init import resolve_init
+from trainer.weights.init import resolve_start
 
 RAY_FOLDER = "ray"  # in the run folder: files of Ray's controller
 MAX_IMBALANCE = 1.1  # busiest worker's share of the lanes over the mean share; a warning is printed above it
@@ -111,16 +112,23 @@ def train(config: RunConfig, data: str, out: str, console: Console, ledger: bool
 
 
 def _open(out: str, config: RunConfig, dataset: Dataset) -> tuple[RunConfig, Run]:
-    """Open or prepare the run at `out`, check its datasets, and resolve `init` on the first attempt."""
+    """Open or prepare the run at `out`, check its datasets, and resolve what depends on `init` and the images on the first attempt."""
     config, run = open_run(out, config, dataset)
+    if run.attempt == 1:
+        config = resolve_start(config, dataset)
+    val = None
     if isinstance(config, LabelledRunConfig):
+        val = open_dataset(config.data.val) if config.data.val else None
         labels = None if run.attempt == 1 else labels_of_run(run.store, dataset)
-        labels = check_datasets(dataset, open_dataset(config.data.val) if config.data.val else None, labels)
+        labels = check_datasets(dataset, val, labels)
         if isinstance(config, FinetuneConfig):
             check_mixing(config, labels)
     if isinstance(config, PretrainConfig) and config.knn:
-        check_datasets(dataset, open_dataset(config.knn.val))
-    return (resolve_init(config) if run.attempt == 1 else config), run
+        val = open_dataset(config.knn.val)
+        check_datasets(dataset, val)
+    if val is not None:
+        check_pixels(config.model, val)
+    return config, run
 
 
 def _train(
@@ -132,6 +140,7 @@ def _train(
         f"run {run.run_id[:8]} attempt {run.attempt}: {plural(dataset.samples, 'sample')}, "
         f"global batch {config.global_batch}, {lanes}, {_worker_range(config.workers)} → {run.store.url}"
     )
+    console.print(describe_normalisation(config.model))
     workers = config.workers.max
     if (imbalance := order.imbalance(workers)) > MAX_IMBALANCE:
         console.print(

@@ -48,6 +48,7 @@ from pipeline.dataset.manifest import (
     read_file,
     write_dataset,
 )
+from pipeline.dataset.statistics import STATISTICS
 from pipeline.errors import UserError
 from pipeline.hashing import hash64
 from pipeline.parallel import ParallelMap
@@ -336,7 +337,7 @@ def _may_remove(name: str) -> bool:
     folder, _, base = name.rpartition("/")
     if folder == "":
         return (
-            name in (MANIFEST, SHARDS, CONTACT_SHEET, LEFT_OUT, DUPLICATES)
+            name in (MANIFEST, SHARDS, STATISTICS, CONTACT_SHEET, LEFT_OUT, DUPLICATES)
             or fnmatch(base, "shard-*.tar")
             or _is_temporary(base)
         )

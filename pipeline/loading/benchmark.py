@@ -133,7 +133,7 @@ def bench_loader(plan: Plan, on_progress: Callable[[str, float], object]) -> dic
         floor = floors[dataset.fingerprint]
         datasets.append(_dataset(dataset, order, floor))
         for number, name in enumerate(plan.decoders):
-            decoder = make_decoder(name, plan.size, plan.threads)
+            decoder = make_decoder(name, plan.size, plan.threads, pixels=dataset.manifest.pixels)
             loader = Loader(dataset, order, decoder, rank=0, world_size=1, disk_cache=plan.disk_cache)
             on_step = functools.partial(on_progress, f"{dataset.store.url}, {name}")
             # Each decoder gets an epoch of its own, so that it does not find in memory what the one before has read.
@@ -210,7 +210,7 @@ def measure_floor(
     flips = random_flips(order.seed, 0, samples.ids)
     batches = [slice(i, i + FLOOR_BATCH) for i in range(0, len(samples.ids), FLOOR_BATCH)]
     images = 0
-    with closing(make_decoder("cpu", size, threads=1)) as decoder:
+    with closing(make_decoder("cpu", size, threads=1, pixels=dataset.manifest.pixels)) as decoder:
         decoder(samples.encoded[batches[0]], boxes[batches[0]], flips[batches[0]])  # warm-up
         begin = before = time.perf_counter()
         while before - begin < seconds:

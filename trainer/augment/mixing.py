@@ -50,11 +50,11 @@ def erase(images: torch.Tensor, probability: float, seed: int, epoch: int, sampl
     """Replace a random box of some images by N(0, 1) noise per pixel and channel.
 
     Args:
-        images: float[n, 3, h, w], normalised.
+        images: float[n, c, h, w], normalised.
         probability: of an image being erased.
         sample_ids: int64[n], on the host.
 
-    Returns float[n, 3, h, w]; `images` is not changed.
+    Returns float[n, c, h, w]; `images` is not changed.
     """
     channels, height, width = images.shape[1:]
     boxes = erase_boxes(probability, seed, epoch, sample_ids, height, width)
@@ -138,7 +138,7 @@ def mix(
     """Mix images and targets with those of their partners.
 
     Args:
-        images: float[n, 3, h, w].
+        images: float[n, c, h, w].
         targets: float[n, classes].
         partners: int64[n], see `mixing_partners`.
         shares, boxes: see `mixing_plan`.

@@ -4,7 +4,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from trainer.config.base import Count, Share, StrictConfig
+from pipeline.images.pixels import Pixels
+from trainer.config.base import Count, Positive, Share, StrictConfig
+
+PixelValues = tuple[float, ...]
+PixelScales = tuple[Positive, ...]
 
 
 class EncoderConfig(StrictConfig):
@@ -20,6 +24,23 @@ class EncoderConfig(StrictConfig):
     """Number of transformer blocks."""
     heads: Count = 12
     """Number of attention heads."""
+    channels: Count = 3
+    """Number of colour channels or bands of the images. A dataset of grey images can be read with 1 or 3; any other dataset
+    needs its own number."""
+    pixel_dtype: Literal["uint8", "uint16", "float32"] = "uint8"
+    """Type of the images' pixels, as in the dataset. Set when a run first starts."""
+    pixel_bits: Annotated[int, Field(ge=1, le=16)] = 16
+    """Significant bits of 16-bit pixels, as in the dataset: 12 if their values are below 4096. Set when a run first starts."""
+    pixel_mean: PixelValues | None = None
+    """Mean of each channel, which is subtracted from the pixels; 8-bit and 16-bit pixels are scaled to [0, 1] first. Set by
+    data.normalise when a run first starts; null: ImageNet's."""
+    pixel_std: PixelScales | None = None
+    """Standard deviation of each channel, by which the pixels are then divided. Set like pixel_mean."""
+
+    @property
+    def pixels(self) -> Pixels:
+        """The images that the model takes."""
+        return Pixels(channels=self.channels, dtype=self.pixel_dtype, bits=self.pixel_bits)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -46,6 +67,15 @@ class EncoderConfig(StrictConfig):
         if any(side % self.patch_size for side in self.size):
             raise ValueError(f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
         _check_width("width", self.width, "heads", self.heads)
+        return self
+
+    @model_validator(mode="after")
+    def _check_pixels(self) -> "EncoderConfig":
+        if (self.pixel_mean is None) != (self.pixel_std is None):
+            raise ValueError("pixel_mean and pixel_std must be set together")
+        for name, values in (("pixel_mean", self.pixel_mean), ("pixel_std", self.pixel_std)):
+            if values is not None and len(values) != self.channels:
+                raise ValueError(f"{name} has {len(values)} values, but channels is {self.channels}")
         return self
 
 

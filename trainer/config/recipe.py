@@ -40,6 +40,17 @@ FREE_ON_RESUME = (
     "data.bad_share",
 )
 
+# Keys that earlier versions did not have, with the values at which they change nothing. They are left out of what is
+# compared, so that runs, snapshots and studies of earlier versions are still recognised.
+LATER_KEYS: dict[str, tuple[Any, ...]] = {
+    "model.channels": (3,),
+    "model.pixel_dtype": ("uint8",),
+    "model.pixel_bits": (16,),
+    "model.pixel_mean": (None,),
+    "model.pixel_std": (None,),
+    "data.normalise": (None, "imagenet"),
+}
+
 PROJECT_ROOT = Path(__file__).parents[2]  # contains recipes/, in a checkout and in an installation
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
@@ -154,7 +165,9 @@ def _describe_error(config_type: type[BaseModel], error: Any, overrides: tuple[s
     path = [
         part
         for part in path
-        if "[" not in part and "-" not in part and part not in ("InitConfig", "int", "float")
+        if "[" not in part
+        and "-" not in part
+        and part not in ("InitConfig", "NormaliseConfig", "int", "float")
     ]
     key = ".".join(path)
     override = _override_of(key, overrides)
@@ -212,14 +225,21 @@ def fixed_values(config: RunConfig) -> dict[str, Any]:
         key: value
         for key, value in _flatten(config.model_dump()).items()
         if not any(key == free or key.startswith(free + ".") for free in FREE_ON_RESUME)
+        and value not in LATER_KEYS.get(key, ())
     }
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
     """List the values outside FREE_ON_RESUME that differ between two configs, as "key: old → new"."""
     a, b = fixed_values(old), fixed_values(new)
+
+    def shown(values: dict[str, Any], key: str) -> Any:
+        return values.get(key, LATER_KEYS.get(key, (None,))[-1])
+
     return [
-        f"{key}: {a.get(key)} → {b.get(key)}" for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)
+        f"{key}: {shown(a, key)} → {shown(b, key)}"
+        for key in dict.fromkeys([*a, *b])
+        if a.get(key) != b.get(key)
     ]
 
 

@@ -8,13 +8,21 @@ keys are in `model_schema` and `optim_schema`.
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from pipeline.decode.decoder import DecoderName
+from pipeline.images.pixels import RGB
 from pipeline.loading.crops import Crops
 from pipeline.loading.order import default_lanes
+from pipeline.text import plural
 from trainer.config.base import Area, Count, Location, Positive, Share, StrictConfig
-from trainer.config.model_schema import ClassifierConfig, EncoderConfig, ModelConfig
+from trainer.config.model_schema import (
+    ClassifierConfig,
+    EncoderConfig,
+    ModelConfig,
+    PixelScales,
+    PixelValues,
+)
 from trainer.config.optim_schema import (
     AdamWConfig,
     FinetuneOptimConfig,
@@ -22,6 +30,15 @@ from trainer.config.optim_schema import (
     MixingConfig,
     OptimConfig,
 )
+
+
+class NormaliseConfig(StrictConfig):
+    """Values for the normalisation of pixels, one for each channel. 8-bit and 16-bit pixels are scaled to [0, 1] first."""
+
+    mean: PixelValues
+    """Mean of each channel, which is subtracted."""
+    std: PixelScales
+    """Standard deviation of each channel, by which the result is divided."""
 
 
 class DataConfig(StrictConfig):
@@ -53,6 +70,17 @@ class DataConfig(StrictConfig):
     """JPEG and PNG decoder: cpu, dali, or auto, which takes the one that suits the machine."""
     threads: Count | None = None
     """Decoder threads per worker. Default: the worker's share of the machine's cores."""
+    normalise: Literal["dataset", "imagenet"] | NormaliseConfig | None = None
+    """How pixels are normalised: dataset (by the mean and standard deviation that `maestream shards statistics` computed),
+    imagenet, or {mean: […], std: […]}. Default: as the model of init; without one, imagenet for 8-bit images with 3
+    channels, else dataset."""
+
+    @field_validator("normalise", mode="before")
+    @classmethod
+    def _check_normalise(cls, value: Any) -> Any:
+        if value in (None, "dataset", "imagenet") or isinstance(value, dict | NormaliseConfig):
+            return value
+        raise ValueError("expected dataset, imagenet or {mean: […], std: […]}")
 
     @model_validator(mode="after")
     def _check_cache(self) -> "DataConfig":
@@ -165,6 +193,31 @@ class RunConfig(StrictConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_normalise(self) -> "RunConfig":
+        normalise, channels = self.data.normalise, self.model.channels
+        if normalise == "imagenet" and channels != 3:
+            raise ValueError(
+                f"data.normalise=imagenet has values for 3 channels, but model.channels is {channels}: use dataset, or "
+                "{mean: […], std: […]}"
+            )
+        if isinstance(normalise, NormaliseConfig):
+            for name, values in (("mean", normalise.mean), ("std", normalise.std)):
+                if len(values) != channels:
+                    raise ValueError(
+                        f"data.normalise.{name} has {plural(len(values), 'value')}, but model.channels is {channels}"
+                    )
+        return self
+
+    def check_colours(self, what: str, key: str) -> None:
+        """Raise ValueError, because `what` is turned on by `key`, unless the images are 8-bit RGB images."""
+        model = self.model
+        if model.pixels != RGB:
+            raise ValueError(
+                f"{what} needs 8-bit RGB images, but the model's have {plural(model.channels, 'channel')} of type "
+                f"{model.pixel_dtype}: set {key}=0"
+            )
+
 
 class KnnConfig(StrictConfig):
     """Evaluation of the encoder by k nearest neighbours during pre-training, in the background on rank 0."""
@@ -225,6 +278,12 @@ class PretrainConfig(RunConfig):
     optim: AdamWConfig = AdamWConfig()
     """AdamW and learning-rate schedule."""
 
+    @model_validator(mode="after")
+    def _check_jitter(self) -> "PretrainConfig":
+        if self.jitter:
+            self.check_colours("colour jitter", "jitter")
+        return self
+
 
 class LabelledRunConfig(RunConfig):
     """Keys of runs that train on labels."""
@@ -263,6 +322,8 @@ class FinetuneConfig(LabelledRunConfig):
             raise ValueError(
                 f"blocks {self.blocks:g}: expected a whole number, 0.5 for the last block's MLP, or all"
             )
+        if self.mixing.magnitude:
+            self.check_colours("RandAugment (it changes colours)", "mixing.magnitude")
         if self.blocks != "all" and self.blocks > self.model.depth:
             raise ValueError(f"blocks {self.blocks:g} is more than the model's depth, {self.model.depth}")
         per_lane = self.global_batch // (self.data.lanes or default_lanes(self.global_batch))

@@ -33,7 +33,7 @@ def evaluate(
     A sample that cannot be read counts as wrong, with the loss of a uniform prediction.
 
     Args:
-        logits: maps uint8[n, 3, h, w] → float[n, classes] on the worker's device.
+        logits: maps pixels [n, c, h, w] → float[n, classes] on the worker's device.
         crop: side of the centre crop, divided by the image's shorter side.
         batch: samples per forward pass.
 

@@ -9,20 +9,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pipeline.dataset.dataset import open_dataset
+from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.dataset.manifest import LabelKind
 from pipeline.decode.decoder import Decoder, Size
 from pipeline.decode.factory import make_decoder
+from pipeline.images.pixels import Pixels
 from pipeline.storage.faults import as_user_error
 from pipeline.storage.parquet import to_parquet
 from pipeline.storage.store import open_shared
 from trainer.config.device import best_device, with_autocast
-from trainer.config.model_schema import ClassifierConfig
+from trainer.config.model_schema import ClassifierConfig, EncoderConfig
 from trainer.config.schema import LinprobeConfig
 from trainer.evaluate.accuracy import centred_batches, sum_metrics
 from trainer.evaluate.inference_shard import FEATURES, InferenceShard, Pool
 from trainer.evaluate.predictions import Predictions, predict
 from trainer.models.classifier import Classifier
+from trainer.models.pixels import images_taken
 from trainer.weights.api import load_probe
 from trainer.weights.pretrained import (
     ModelInfo,
@@ -37,8 +39,8 @@ from trainer.weights.resize import resize_model
 class LoadedModel(NamedTuple):
     """A model on its device."""
 
-    forward: Callable[[torch.Tensor], torch.Tensor]  # applied to uint8[n, 3, h, w] on the device
-    decoder: Decoder
+    forward: Callable[[torch.Tensor], torch.Tensor]  # applied to pixels [n, c, h, w] on the device
+    model: EncoderConfig
     device: torch.device
 
 
@@ -80,22 +82,32 @@ def _load_features(run: str, step: int | None, pool: Pool, size: Size | None) ->
 
 def _on_device(forward: Callable[[torch.Tensor], torch.Tensor], info: ModelInfo) -> LoadedModel:
     device = best_device()
-    decoder = make_decoder("auto", info.model.size, torch.get_num_threads(), device)
-    return LoadedModel(with_autocast(forward, info, device), decoder, device)
+    return LoadedModel(with_autocast(forward, info, device), info.model, device)
+
+
+@functools.lru_cache(maxsize=2)
+def _make_decoder(size: Size, pixels: Pixels) -> Decoder:
+    return make_decoder("auto", size, torch.get_num_threads(), best_device(), pixels)
+
+
+def _open(url: str, model: EncoderConfig) -> tuple[Dataset, Decoder]:
+    """Open a dataset, and return it with a decoder of its images for a model."""
+    dataset = open_dataset(url, already_reached=True)
+    return dataset, _make_decoder(model.size, images_taken(model, dataset.manifest.pixels))
 
 
 def evaluate_shard(shard: InferenceShard) -> list[float]:
     """Sum the metrics over the samples of a shard, in the order of `trainer.evaluate.accuracy.SUM_COLUMNS`."""
-    forward, decoder, device = _load_with_head(shard.run, shard.step)
-    dataset = open_dataset(shard.data, already_reached=True)
+    forward, model, device = _load_with_head(shard.run, shard.step)
+    dataset, decoder = _open(shard.data, model)
     ids = np.arange(shard.first, shard.last)
     return sum_metrics(forward, dataset, decoder, shard.crop, shard.batch, ids, device).tolist()
 
 
 def predict_shard(shard: InferenceShard) -> tuple[InferenceShard, Predictions]:
     """Predict the samples of a shard with a model for several classes or numbers."""
-    forward, decoder, device = _load_with_head(shard.run, shard.step)
-    dataset = open_dataset(shard.data, already_reached=True)
+    forward, model, device = _load_with_head(shard.run, shard.step)
+    dataset, decoder = _open(shard.data, model)
     ids = np.arange(shard.first, shard.last)
     return shard, predict(forward, dataset, decoder, shard.crop, shard.batch, ids, device)
 
@@ -107,8 +119,8 @@ def extract_features(shard: InferenceShard) -> tuple[InferenceShard, pa.Table]:
     Returns the shard, and a table with a row for each sample that can be read: sample (id), key, label (see `label_column`),
     and feature, float32, flattened. The feature's shape is in the schema's metadata: [width], or [rows, columns, width] for all patches.
     """
-    forward, decoder, device = _load_features(shard.run, shard.step, shard.pool, shard.size)
-    dataset = open_dataset(shard.data, already_reached=True)
+    forward, model, device = _load_features(shard.run, shard.step, shard.pool, shard.size)
+    dataset, decoder = _open(shard.data, model)
     tables = []
     ids = np.arange(shard.first, shard.last)
     for batch in centred_batches(dataset, decoder, shard.crop, shard.batch, ids):

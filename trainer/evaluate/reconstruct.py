@@ -2,6 +2,7 @@
 
 import io
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +18,7 @@ from pipeline.errors import UserError
 from pipeline.images.formats import image_info
 from pipeline.loading.crops import CENTRE, centre_crops
 from pipeline.loading.loader import Batch, aspect_of, centred_batch
+from pipeline.loading.pictures import draw_bands, picture_bands
 from pipeline.storage.store import Store
 from pipeline.text import plural
 from trainer.models.mae import MAE
@@ -31,9 +33,9 @@ MASK_EPOCH = 2**31  # larger than any training epoch, so training never uses the
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Reconstruction of n images; pictures are uint8[n, 3, h, w] on the CPU."""
+    """Reconstruction of n images; pictures are uint8[n, 3, h, w], RGB, on the CPU."""
 
-    originals: torch.Tensor
+    originals: torch.Tensor  # three bands of the images
     masked: torch.Tensor  # the originals with grey masked patches
     pasted: torch.Tensor  # the originals with reconstructed masked patches
     error: float  # mean squared error over masked patches, in the space of the model's target
@@ -42,7 +44,12 @@ class Reconstruction:
 
 @torch.no_grad()
 def reconstruct(
-    model: MAE, images: torch.Tensor, sample_ids: torch.Tensor, seed: int, statistics: Statistics = "original"
+    model: MAE,
+    images: torch.Tensor,
+    sample_ids: torch.Tensor,
+    seed: int,
+    statistics: Statistics = "original",
+    bands: Sequence[int] | None = None,
 ) -> Reconstruction:
     """Mask and reconstruct images.
 
@@ -52,11 +59,14 @@ def reconstruct(
     `statistics` says.
 
     Args:
-        images: uint8[n, 3, h, w], on the model's device.
+        images: pixels [n, c, h, w] of the model's type, on the model's device.
         sample_ids: int64[n], on the same device; with `seed` they determine the masks.
         statistics: mean and variance for the picture: "original", each patch's own, or "visible", the means of those of the
             image's visible patches, so that nothing is revealed about masked patches.
+        bands: the channels in the pictures, see `picture_bands`. Those of other than 8-bit images are scaled to the range of
+            two standard deviations around the mean by which the model normalises.
     """
+    shown = picture_bands(model.channels, bands)
     was_training = model.training
     model.eval()
     pixels = model.normalise(images)
@@ -75,24 +85,28 @@ def reconstruct(
             mean, variance = mean_over_visible(mean, masked), mean_over_visible(variance, masked)
         pixel_prediction = prediction * (variance + 1e-6).sqrt() + mean
     else:
-        colours = patches.unflatten(-1, (-1, 3))  # [n, L, p · p, 3]
+        colours = patches.unflatten(-1, (-1, model.channels))  # [n, L, p · p, c]
         visible = (~masked)[..., None, None]
-        mean = (colours * visible).sum(dim=(1, 2)) / (visible.sum(dim=(1, 2)) * colours.shape[2])  # [n, 3]
+        mean = (colours * visible).sum(dim=(1, 2)) / (visible.sum(dim=(1, 2)) * colours.shape[2])  # [n, c]
         baseline = mean[:, None, None, :].expand_as(colours).flatten(-2)
         pixel_prediction = prediction
     baseline_error = (baseline - target)[in_masked].square().mean().item()
 
-    def to_pixels(patches: torch.Tensor) -> torch.Tensor:
-        image = model.unpatchify(patches) * model.pixel_std + model.pixel_mean
-        return (image * 255).round().clamp(0, 255).to(torch.uint8).cpu()
+    def draw(pixels: torch.Tensor) -> torch.Tensor:
+        contrast = None if model.pixel_dtype == "uint8" else (model.pixel_mean, model.pixel_std)
+        return draw_bands(pixels, shown, contrast).cpu()
 
-    originals = images.cpu()
-    is_masked = model.unpatchify(in_masked.to(patches.dtype)).bool().cpu()
+    originals = draw(model.scale(images))
+    is_masked = model.unpatchify(in_masked.to(patches.dtype))[:, :1].bool().cpu()
     model.train(was_training)
     return Reconstruction(
         originals=originals,
         masked=torch.where(is_masked, torch.tensor(GREY, dtype=torch.uint8), originals),
-        pasted=torch.where(is_masked, to_pixels(pixel_prediction), originals),
+        pasted=torch.where(
+            is_masked,
+            draw(model.unpatchify(pixel_prediction) * model.pixel_std + model.pixel_mean),
+            originals,
+        ),
         error=error,
         baseline=baseline_error,
     )
@@ -105,7 +119,7 @@ def mean_over_visible(values: torch.Tensor, masked: torch.Tensor) -> torch.Tenso
 
 
 def read_image_folder(store: Store, decoder: Decoder, count: int) -> torch.Tensor:
-    """Read centre crops of the first `count` images of a folder, in the order of their names → uint8[n, 3, h, w].
+    """Read centre crops of the first `count` images of a folder, in the order of their names → pixels [n, c, h, w].
 
     Images that cannot be read are skipped with a warning. Raises UserError if none can be read.
     """
@@ -126,7 +140,7 @@ def read_image_folder(store: Store, decoder: Decoder, count: int) -> torch.Tenso
 
 
 def _centre_crop(data: bytes, decoder: Decoder) -> torch.Tensor:
-    """Decode the centre crop of an encoded image → uint8[1, 3, h, w]. Raise ValueError with the reason if that fails."""
+    """Decode the centre crop of an encoded image → pixels [1, c, h, w]. Raise ValueError with the reason if that fails."""
     info = image_info(lambda at, size: data[at : at + size], len(data))
     box = centre_crops(np.array([info.height]), np.array([info.width]), CENTRE, aspect_of(decoder))
     decoded = decoder([data], box, np.zeros(1, bool))

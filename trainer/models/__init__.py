@@ -5,6 +5,7 @@ mae              the masked autoencoder
 classifier       encoder, and encoder with a classification head
 probe            frozen encoder with a linear classifier
 masking          which patches are masked
+pixels           which images a model takes, and how they are normalised
 device_hashing   counter-based random numbers on the device
 
 Parity: given the same weights and noise, the MAE gives the numbers of the authors' code, and parameter names are the

@@ -23,7 +23,7 @@ class Encoder(ViT):
         self.init_weights()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Encode uint8[n, 3, h, w] → the class token and the patches, [n, 1 + L, width]."""
+        """Encode pixels [n, c, h, w] → the class token and the patches, [n, 1 + L, width]."""
         x = self.embed_patches(self.patchify(self.normalise(images)))
         for block in self.blocks:
             x = block(x)
@@ -50,28 +50,37 @@ class Classifier(ViT):
         self.init_weights()
         self.pos_embed.requires_grad_(True)
 
-    def features(self, images: torch.Tensor, branch_scales: torch.Tensor | None = None) -> torch.Tensor:
+    def features(
+        self,
+        images: torch.Tensor,
+        branch_scales: torch.Tensor | None = None,
+        normalised: bool = False,
+    ) -> torch.Tensor:
         """Compute the input of the head, [n, width].
 
         Args:
-            images: uint8[n, 3, h, w], or floats that are already normalised.
+            images: pixels [n, c, h, w] of the model's type, or floats that are already normalised.
             branch_scales: float[n, depth, 2], see `drop_path_scales`. None: no stochastic depth.
+            normalised: whether the images are already normalised, see `as_input`.
         """
-        x = self.embed_patches(
-            self.patchify(self.normalise(images) if images.dtype == torch.uint8 else images)
-        )
+        x = self.embed_patches(self.patchify(self.as_input(images, normalised)))
         for i, block in enumerate(self.blocks):
             x = block(x, None if branch_scales is None else branch_scales[:, i])
         if self.pool == "mean":
             return self.fc_norm(x[:, 1:].mean(dim=1))
         return self.norm(x)[:, 0]
 
-    def forward(self, images: torch.Tensor, branch_scales: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        images: torch.Tensor,
+        branch_scales: torch.Tensor | None = None,
+        normalised: bool = False,
+    ) -> torch.Tensor:
         """Classify images → logits [n, classes]; the arguments are those of `features`.
 
         The head runs in the precision of its weights, also under autocast: bf16 would make close logits equal.
         """
-        features = self.features(images, branch_scales)
+        features = self.features(images, branch_scales, normalised)
         with torch.autocast(features.device.type, enabled=False):
             return self.head(features.to(self.head.weight.dtype))
 

@@ -1,6 +1,6 @@
 """The Masked Autoencoder of He et al. 2021 (arXiv 2111.06377).
 
-Shapes: n images, L patches per image, K visible patches per image, p pixels per side of a patch.
+Shapes: n images of c channels, L patches per image, K visible patches per image, p pixels per side of a patch.
 """
 
 from typing import NamedTuple
@@ -40,7 +40,7 @@ class MAE(ViT):
             Block(decoder_width, config.decoder_heads) for _ in range(config.decoder_depth)
         )
         self.decoder_norm = nn.LayerNorm(decoder_width, eps=LAYER_NORM_EPS)
-        self.decoder_pred = nn.Linear(decoder_width, config.patch_size**2 * 3)
+        self.decoder_pred = nn.Linear(decoder_width, config.patch_size**2 * config.channels)
         self.init_weights()
         nn.init.normal_(self.mask_token, std=0.02)
 
@@ -51,7 +51,7 @@ class MAE(ViT):
         return Masking(visible, masked, restore=shuffle.argsort(dim=1))
 
     def encode(self, patches: torch.Tensor, masking: Masking, noise: torch.Tensor) -> torch.Tensor:
-        """Encode patches [n, L, p · p · 3].
+        """Encode patches [n, L, p · p · c].
 
         Returns [n, 1 + K, width], the class token and the visible patches in shuffled order; or, in two of the
         paper's ablations, [n, 1 + L, width], all patches in their order: with mask tokens at the masked ones
@@ -84,7 +84,7 @@ class MAE(ViT):
         return self.decoder_norm(x)[:, 1:]
 
     def target(self, patches: torch.Tensor) -> torch.Tensor:
-        """Return the target of each patch, [n, L, p · p · 3]: its pixels, normalised by its own mean and unbiased
+        """Return the target of each patch, [n, L, p · p · c]: its pixels, normalised by its own mean and unbiased
         variance if `norm_pix` (paper, section 3; the authors' models_mae.py)."""
         if not self.config.norm_pix:
             return patches
@@ -96,12 +96,12 @@ class MAE(ViT):
         """Compute the loss of each image: the mean squared error over its masked patches (over all for masked=noise).
 
         Args:
-            images: uint8[n, 3, h, w], or floats that are already normalised.
+            images: pixels [n, c, h, w] of the model's type, or floats that are already normalised, see `as_input`.
             noise: [n, L], which patches are masked, see `select_patches`.
 
         Returns float[n].
         """
-        patches = self.patchify(self.normalise(images) if images.dtype == torch.uint8 else images)
+        patches = self.patchify(self.as_input(images))
         masking = self.select_patches(noise)
         tokens = self.decode(self.encode(patches, masking, noise), masking.restore)
         if self.config.masked == "noise":
@@ -114,9 +114,9 @@ class MAE(ViT):
     def predict(self, images: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Predict all patches; the arguments are those of `forward`.
 
-        Returns predictions in target space, [n, L, p · p · 3], and which patches are masked, bool[n, L].
+        Returns predictions in target space, [n, L, p · p · c], and which patches are masked, bool[n, L].
         """
-        patches = self.patchify(self.normalise(images) if images.dtype == torch.uint8 else images)
+        patches = self.patchify(self.as_input(images))
         masking = self.select_patches(noise)
         prediction = self.decoder_pred(self.decode(self.encode(patches, masking, noise), masking.restore))
         return prediction, masking.restore >= self.num_visible

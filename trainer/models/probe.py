@@ -29,11 +29,11 @@ class Probe(nn.Module):
 
     @torch.no_grad()
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """Encode uint8[n, 3, h, w] → the class token, float[n, width]."""
+        """Encode pixels [n, c, h, w] → the class token, float[n, width]."""
         return self.encoder(images)[:, 0]
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Classify uint8[n, 3, h, w] with the running statistics → logits [n, classes].
+        """Classify pixels [n, c, h, w] with the running statistics → logits [n, classes].
 
         The norm and the linear layer run in the precision of their weights, also under autocast.
         """

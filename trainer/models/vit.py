@@ -2,7 +2,7 @@
 
 Parameter names are those of the MAE authors' checkpoints.
 
-Shapes in this package: n images, L patches per image, K visible patches per image, p pixels per side of a patch.
+Shapes in this package: n images of c channels, L patches per image, K visible patches per image, p pixels per side of a patch.
 """
 
 import torch
@@ -13,8 +13,11 @@ from trainer.config.model_schema import EncoderConfig
 
 LAYER_NORM_EPS = 1e-6  # the authors' models_mae.py
 # Mean and standard deviation of ImageNet's pixels, RGB in [0, 1] (the authors' main_pretrain.py).
+# `EncoderConfig.pixel_mean` and `pixel_std` are None where these are used.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+# Largest value of each integer type of pixels: they are divided by it.
+PIXEL_SCALES = {torch.uint8: 255, torch.uint16: 65535}
 
 
 class PatchEmbed(nn.Module):
@@ -24,12 +27,12 @@ class PatchEmbed(nn.Module):
     already cut out of the image, so that masked patches cost nothing.
     """
 
-    def __init__(self, patch_size: int, width: int) -> None:
+    def __init__(self, patch_size: int, width: int, channels: int = 3) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(3, width, patch_size, patch_size)
+        self.proj = nn.Conv2d(channels, width, patch_size, patch_size)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """Embed patches [n, l, p · p · 3], flattened as (row, column, colour) → [n, l, width]."""
+        """Embed patches [n, l, p · p · c], flattened as (row, column, channel) → [n, l, width]."""
         weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)
         return F.linear(patches, weight, self.proj.bias)
 
@@ -101,12 +104,15 @@ class ViT(nn.Module):
         self.grid = config.grid
         self.num_patches = config.num_patches
         width = config.width
-        self.patch_embed = PatchEmbed(config.patch_size, width)
+        self.channels = config.channels
+        self.pixel_dtype = config.pixel_dtype
+        self.patch_embed = PatchEmbed(config.patch_size, width, config.channels)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(sincos_pos_embed(width, self.grid), requires_grad=False)
         self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.depth))
-        self.register_buffer("pixel_mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
+        mean, std = pixel_statistics(config)
+        self.register_buffer("pixel_mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
     def init_weights(self) -> None:
         """Initialise as in the paper, appendix A.1: xavier_uniform for linear layers, and for the patch embedding as the
@@ -118,27 +124,42 @@ class ViT(nn.Module):
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(len(self.patch_embed.proj.weight), -1))
         nn.init.normal_(self.cls_token, std=0.02)
 
+    def scale(self, images: torch.Tensor) -> torch.Tensor:
+        """Convert pixels to floats of the model's dtype: integers to [0, 1], floats as they are."""
+        floats = images.to(self.pixel_mean.dtype)
+        return floats if images.is_floating_point() else floats / PIXEL_SCALES[images.dtype]
+
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalise uint8[n, 3, h, w] by ImageNet's mean and standard deviation → floats of the model's dtype."""
-        return (images.to(self.pixel_mean.dtype) / 255 - self.pixel_mean) / self.pixel_std
+        """Normalise pixels, uint8, uint16 or floats [n, c, h, w], by the model's mean and standard deviation of each channel →
+        floats of the model's dtype."""
+        return (self.scale(images) - self.pixel_mean) / self.pixel_std
+
+    def as_input(self, images: torch.Tensor, normalised: bool = False) -> torch.Tensor:
+        """Normalise images unless they are normalised already.
+
+        They are if `normalised` says so, and also if they are floats and the model was made for integer pixels.
+        """
+        if normalised or (images.is_floating_point() and self.pixel_dtype != "float32"):
+            return images
+        return self.normalise(images)
 
     def patchify(self, images: torch.Tensor) -> torch.Tensor:
-        """Cut images [n, 3, h, w] into patches [n, L, p · p · 3], flattened as (row, column, colour)."""
-        p = self.patch_size
+        """Cut images [n, c, h, w] into patches [n, L, p · p · c], flattened as (row, column, channel)."""
+        p, c = self.patch_size, self.channels
         n, _, h, w = images.shape
-        return images.view(n, 3, h // p, p, w // p, p).permute(0, 2, 4, 3, 5, 1).reshape(n, -1, p * p * 3)
+        return images.view(n, c, h // p, p, w // p, p).permute(0, 2, 4, 3, 5, 1).reshape(n, -1, p * p * c)
 
     def unpatchify(self, patches: torch.Tensor) -> torch.Tensor:
-        """Assemble images [n, 3, h, w] from patches [n, L, p · p · 3]; the inverse of `patchify`."""
-        p, (rows, columns) = self.patch_size, self.grid
-        image = patches.view(-1, rows, columns, p, p, 3).permute(0, 5, 1, 3, 2, 4)
-        return image.reshape(-1, 3, rows * p, columns * p)
+        """Assemble images [n, c, h, w] from patches [n, L, p · p · c]; the inverse of `patchify`."""
+        p, c, (rows, columns) = self.patch_size, self.channels, self.grid
+        image = patches.view(-1, rows, columns, p, p, c).permute(0, 5, 1, 3, 2, 4)
+        return image.reshape(-1, c, rows * p, columns * p)
 
     def embed_patches(self, patches: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
         """Embed patches, add positions, and prepend the class token.
 
         Args:
-            patches: [n, L, p · p · 3].
+            patches: [n, L, p · p · c].
             visible: int64[n, K], the patches to embed. None: all.
 
         Returns [n, 1 + K, width].
@@ -150,6 +171,16 @@ class ViT(nn.Module):
         x = self.patch_embed(patches) + positions
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
         return torch.cat([cls, x], dim=1)
+
+
+def pixel_statistics(config: EncoderConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the mean and standard deviation of each channel by which a model normalises: the config's, or ImageNet's.
+
+    A model of other than 3 channels that has none does not normalise.
+    """
+    if config.pixel_mean is not None and config.pixel_std is not None:
+        return config.pixel_mean, config.pixel_std
+    return (MEAN, STD) if config.channels == 3 else ((0.0,) * config.channels, (1.0,) * config.channels)
 
 
 def gather_patches(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

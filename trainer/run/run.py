@@ -128,8 +128,15 @@ def open_run(url: str, config: ConfigT, dataset: Dataset) -> tuple[ConfigT, Run]
 
 def _with_fixed_values(config: ConfigT, before: RunConfig) -> ConfigT:
     """Return the config with values from the run's first start, where it does not give its own."""
-    data = {name: getattr(config.data, name) or getattr(before.data, name) for name in ("lanes", "block")}
-    update: dict[str, Any] = {"data": config.data.model_copy(update=data)}
+    fixed = ("lanes", "block", "normalise")
+    data = {name: getattr(config.data, name) or getattr(before.data, name) for name in fixed}
+    pixels: dict[str, Any] = {name: getattr(before.model, name) for name in ("pixel_dtype", "pixel_bits")}
+    if config.model.pixel_mean is None:
+        pixels |= {name: getattr(before.model, name) for name in ("pixel_mean", "pixel_std")}
+    update: dict[str, Any] = {
+        "data": config.data.model_copy(update=data),
+        "model": config.model.model_copy(update=pixels),
+    }
     init, old = (getattr(c, "init", None) for c in (config, before))
     if isinstance(init, InitConfig) and isinstance(old, InitConfig) and init.step is None:
         update["init"] = init.model_copy(update={"step": old.step})

@@ -1,5 +1,6 @@
 """A worker of a run: where it trains, and whom it informs. What the run itself is: `trainer.run.run.Run`."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +9,8 @@ import torch
 
 from trainer.run.step_timer import StepTimer
 from trainer.run.stop_vote import StopRequest
+
+log = logging.getLogger("maestream")
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,12 @@ class Worker:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     ledger: bool = False  # whether metrics list the sample ids of each step
     timer: StepTimer = field(default_factory=StepTimer)  # metrics report rank 0's
+
+    def log(self, lines: list[str]) -> None:
+        """Print lines for the user, once for all ranks."""
+        if self.rank == 0:
+            for line in lines:
+                log.warning("%s", line)
 
 
 @dataclass(frozen=True)

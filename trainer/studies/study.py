@@ -28,7 +28,7 @@ from trainer.run.metrics import read_metrics
 from trainer.run.run import LEASE, create_run, open_run
 from trainer.run.worker import Callbacks, Worker
 from trainer.train.registry import TRAIN_FUNCTIONS
-from trainer.weights.init import resolve_init
+from trainer.weights.init import resolve_start
 
 STUDIES = Path(__file__).parent
 RESULTS, PLOT, STUDY = "results.csv", "plot.png", "study.json"
@@ -92,7 +92,7 @@ def _train(config: RunConfig, dataset: Dataset, out: str) -> dict[str, float]:
     """Train to the end, starting from the newest checkpoint. Returns the last loss and top-1, for the row of results."""
     config, run = open_run(out, config, dataset)
     if run.attempt == 1:
-        config = resolve_init(config)
+        config = resolve_start(config, dataset)
         create_run(config, run, dataset)
     TRAIN_FUNCTIONS[config.task](config, dataset, run, Worker(device=best_device()), Callbacks())
     last = read_metrics(run.store)[-1]

@@ -23,6 +23,7 @@ from trainer.config.model_schema import ModelConfig
 from trainer.config.schema import PretrainConfig
 from trainer.models.mae import MAE
 from trainer.models.masking import masking_noise
+from trainer.models.pixels import check_channels, images_taken
 from trainer.run.run import make_order
 from trainer.run.step_timer import shares
 from trainer.run.worker import Worker
@@ -72,7 +73,8 @@ def make_bench(config: PretrainConfig, device: torch.device) -> Bench:
 def resident_batch(config: PretrainConfig, device: torch.device) -> TrainBatch:
     """Make a batch of random images whose images are already on the device."""
     n = config.global_batch
-    images = torch.randint(256, (n, 3, *config.model.size), dtype=torch.uint8, device=device)
+    shape = (n, config.model.channels, *config.model.size)
+    images = torch.randint(256, shape, dtype=torch.uint8, device=device)
     ids = torch.arange(n)
     return TrainBatch(
         images, ids, ids, torch.ones(n), {}, step=0, epoch=0, wait_s=0.0, stage_times=StageTimes()
@@ -86,7 +88,7 @@ def count_flops(model: ModelConfig) -> int:
     """
     with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         mae = MAE(model)
-        images = torch.empty(1, 3, *model.size, dtype=torch.uint8)
+        images = torch.empty(1, model.channels, *model.size, dtype=torch.uint8)
         mae(images, torch.empty(1, model.num_patches, dtype=torch.int64)).sum().backward()
     return counter.get_total_flops()
 
@@ -215,9 +217,11 @@ def measure_end_to_end(
     """
     threads = config.data.threads or torch.get_num_threads()
     order = make_order(config, dataset)
+    check_channels(config.model, dataset)
+    pixels = images_taken(config.model, dataset.manifest.pixels)
 
     def make_loader() -> Loader:
-        decoder = make_decoder(config.data.decoder, config.model.size, threads, device)
+        decoder = make_decoder(config.data.decoder, config.model.size, threads, device, pixels)
         return Loader(
             dataset, order, decoder, 0, 1, config.data.disk_cache, config.data.crop_area,
             config.data.crops, config.data.flips,

@@ -90,7 +90,8 @@ class FinetuneTask:
     def begin(self) -> None:
         config = self.config
         if isinstance(config.init, InitConfig):
-            init_encoder(config.init, self.model, "norm" if config.model.pool == "class" else None)
+            norm = "norm" if config.model.pool == "class" else None
+            self.worker.log(init_encoder(config.init, self.model, norm))
             nn.init.trunc_normal_(self.model.head.weight, std=HEAD_STD)
 
     def prepare(self, decoder: Decoder) -> None:
@@ -154,7 +155,7 @@ def finetune_step(
             if config.model.drop_path
             else None
         )
-        return sample_losses(trained(images, kept), targets, labels.kind)
+        return sample_losses(trained(images, kept, True), targets, labels.kind)
 
     return train_step(
         trained, optimizer, batch, config, worker, losses, per_lane if config.mixing.mixes else 1
@@ -182,9 +183,9 @@ def augment(
         weights: float[n], 0 for bad samples and 1 for others, on the host.
         per_lane: consecutive samples that belong to the same lane; mixup and CutMix mix only those.
 
-    Returns images, float[n, 3, h, w], normalised, and targets, float[n, k].
+    Returns images, float[n, c, h, w], normalised, and targets, float[n, k].
     """
-    images = part.images.to(model.pixel_mean.dtype) / 255
+    images = model.scale(part.images)
     if mixing.magnitude:
         from trainer.augment.randaugment import randaugment  # imports kornia, which takes seconds
 

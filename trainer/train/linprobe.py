@@ -67,7 +67,7 @@ class LinprobeTask:
 
     def begin(self) -> None:
         if isinstance(self.config.init, InitConfig):
-            init_encoder(self.config.init, self.model.encoder, "norm")
+            self.worker.log(init_encoder(self.config.init, self.model.encoder, "norm"))
 
     def prepare(self, decoder: Decoder) -> None:
         self.decoder = decoder

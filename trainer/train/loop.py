@@ -15,6 +15,7 @@ from pipeline.decode.factory import make_decoder
 from pipeline.errors import UserError
 from pipeline.loading.loader import Loader
 from trainer.config.schema import RunConfig
+from trainer.models.pixels import check_pixels, images_taken
 from trainer.run.bad_samples import BadSamples
 from trainer.run.checkpoint import Checkpointer, check_finite
 from trainer.run.metrics import Metrics
@@ -52,7 +53,9 @@ def train(
 
     # ---- data, checkpoints and metrics
     threads = config.data.threads or torch.get_num_threads()  # this worker's share of the cores
-    decoder = make_decoder(config.data.decoder, task.image_size, threads, worker.device)
+    check_pixels(config.model, dataset)
+    pixels = images_taken(config.model, dataset.manifest.pixels)
+    decoder = make_decoder(config.data.decoder, task.image_size, threads, worker.device, pixels)
     loader = Loader(
         dataset, order, decoder, worker.rank, worker.world_size, config.data.disk_cache, config.data.crop_area,
         config.data.crops, config.data.flips,

@@ -38,7 +38,7 @@ def with_micro_batch(
 
     Args:
         model: the model in training. Its gradients are cleared; nothing else of it changes.
-        forward: maps images, uint8[n, 3, h, w] on the device, to a tensor whose sum is differentiated if it requires
+        forward: maps images, pixels [n, c, h, w] on the device, to a tensor whose sum is differentiated if it requires
             gradients.
         multiple_of: the micro-batch is a multiple of it, see `trainer.train.step.micro_batches`.
 
@@ -51,7 +51,9 @@ def with_micro_batch(
 
     def trial(n: int) -> None:
         try:
-            images = torch.zeros((n, 3, *config.model.size), dtype=torch.uint8, device=worker.device)
+            images = torch.zeros(
+                (n, config.model.channels, *config.model.size), dtype=torch.uint8, device=worker.device
+            )
             with autocast(config, worker.device):
                 loss = forward(images).sum()
             if loss.requires_grad:

@@ -68,7 +68,7 @@ class PretrainTask:
 
     def begin(self) -> None:
         if isinstance(self.config.init, InitConfig):
-            init_mae(self.config.init, self.model)
+            self.worker.log(init_mae(self.config.init, self.model))
 
     def prepare(self, decoder: Decoder) -> None:
         if self.worker.rank != 0:

@@ -34,7 +34,8 @@ __all__ = ["UserError", "load_classifier", "load_encoder", "load_mae", "read_mod
 def load_encoder(location: str, step: int | None = None) -> Encoder:
     """Load the encoder of any model except a mean-pooled classifier, which has no norm for separate tokens.
 
-    The encoder maps uint8[n, 3, h, w] → float[n, 1 + L, width]: the class token, then the L patch tokens.
+    The encoder maps images to float[n, 1 + L, width]: the class token, then the L patch tokens. Images are tensors [n, c, h, w]
+    with as many channels and of the same type as in training: uint8[n, 3, h, w] for RGB images of 8 bits.
 
     Args:
         step: step of the run's checkpoint. Default: the newest.
@@ -60,9 +61,10 @@ def load_mae(location: str, step: int | None = None) -> MAE:
 def load_classifier(location: str, step: int | None = None) -> Classifier | Probe:
     """Load a fine-tuned model with its head or, from a linear-probing run, the frozen encoder with its linear layer.
 
-    It maps uint8[n, 3, h, w] → logits [n, classes], or numbers [n, k] in original units if it was trained on numbers.
-    `read_model_info(location)` has the class names of a fine-tuned classifier in `classes`, if they are known, and `labels`,
-    which says what several classes or numbers are predicted (None: one class). Arguments and errors as `load_encoder`.
+    It maps images, as `load_encoder` describes them, to logits [n, classes], or to numbers [n, k] in original units if it was
+    trained on numbers. `read_model_info(location)` has the class names of a fine-tuned classifier in `classes`, if they are known,
+    and `labels`, which says what several classes or numbers are predicted (None: one class). Arguments and errors as
+    `load_encoder`.
     """
     pretrained = read_pretrained(location, step)
     if isinstance(pretrained.info.run, LinprobeConfig):
@@ -77,7 +79,7 @@ def load_classifier(location: str, step: int | None = None) -> Classifier | Prob
 
 
 def _check_uint8(model: ViT, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raise ValueError unless the images are uint8[n, 3, h, w] of the model's size. A hook of `forward`."""
+    """Raise ValueError unless the images have the model's type, channels and size. A hook of `forward`."""
     _check_images(model, kwargs["images"] if "images" in kwargs else args[0], "")
 
 
@@ -89,10 +91,15 @@ def _check_uint8_or_normalised(model: ViT, args: tuple[Any, ...], kwargs: dict[s
 
 def _check_images(model: ViT, images: torch.Tensor, or_floats: str) -> None:
     height, width = (side * model.patch_size for side in model.grid)
-    valid_dtype = images.dtype == torch.uint8 or (or_floats and images.is_floating_point())
-    if not valid_dtype or images.ndim != 4 or images.shape[1:] != (3, height, width):
+    if model.pixel_dtype == "float32":
+        or_floats = ""  # floats are pixels
+    valid_dtype = str(images.dtype) == f"torch.{model.pixel_dtype}" or (
+        or_floats and images.is_floating_point()
+    )
+    if not valid_dtype or images.ndim != 4 or images.shape[1:] != (model.channels, height, width):
         got = f"{str(images.dtype).removeprefix('torch.')}{list(images.shape)}"
-        raise ValueError(f"images must be uint8[n, 3, {height}, {width}]{or_floats}; got {got}")
+        wanted = f"{model.pixel_dtype}[n, {model.channels}, {height}, {width}]"
+        raise ValueError(f"images must be {wanted}{or_floats}; got {got}")
 
 
 def load_probe(info: ModelInfo) -> Probe:

@@ -18,8 +18,8 @@ from torch import nn
 
 from pipeline.errors import UserError
 from pipeline.storage.store import Store
-from trainer.config.model_schema import ClassifierConfig, EncoderConfig, ModelConfig
-from trainer.models.vit import MEAN, STD
+from trainer.config.model_schema import ClassifierConfig, ModelConfig
+from trainer.weights.channels import preprocessor_config
 from trainer.weights.formats import ENCODER_ONLY
 from trainer.weights.model_card import model_card, output_name
 from trainer.weights.pretrained import (
@@ -68,7 +68,7 @@ def export(pretrained: PretrainedModel, export_format: str, store: Store, withou
         config = config_json(pretrained.info)
     elif export_format == "transformers":
         _write_safetensors(store, to_transformers(weights, model))
-        _write_json(store, "preprocessor_config.json", _preprocessor(model))
+        _write_json(store, "preprocessor_config.json", preprocessor_config(model))
         config = _transformers_config(pretrained)
     elif export_format == "timm":
         _write_safetensors(store, weights)
@@ -110,6 +110,11 @@ def _check_format(pretrained: PretrainedModel, export_format: str) -> None:
                 f"{where}: transformers' ViTMAE supports square images only, not {model.size[0]} × {model.size[1]}: export "
                 "the encoder alone with --encoder"
             )
+        if export_format == "authors" and model.channels != 3:
+            raise UserError(
+                f"{where}: the authors' code for masked autoencoders supports 3 channels only, not {model.channels}: use "
+                "--format safetensors or transformers, or export the encoder alone with --encoder"
+            )
     if export_format == "transformers" and isinstance(model, ClassifierConfig) and model.pool == "mean":
         raise UserError(
             f"{where}: its head reads the mean of the patches, but transformers' ViT has only heads that read the class token: "
@@ -146,21 +151,6 @@ def _transformers_config(pretrained: PretrainedModel) -> dict[str, Any]:
     return config
 
 
-def _preprocessor(model: EncoderConfig) -> dict[str, Any]:
-    height, width = model.size
-    return {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
-        "size": {"height": height, "width": width},
-        "resample": 3,  # bicubic
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(MEAN),
-        "image_std": list(STD),
-    }
-
-
 def _write_authors(store: Store, pretrained: PretrainedModel) -> None:
     """Write model.pth. It also has our config, as plain values, because the weights alone do not determine it."""
     config = json.loads(json.dumps(config_json(pretrained.info)))
@@ -169,19 +159,20 @@ def _write_authors(store: Store, pretrained: PretrainedModel) -> None:
 
 
 class _ForwardModule(nn.Module):
-    """The module to export: uint8[n, 3, h, w] → tokens [n, 1 + L, width] of an encoder, or logits of a classifier."""
+    """The module to export: pixels [n, c, h, w] → tokens [n, 1 + L, width] of an encoder, or logits of a classifier."""
 
     def __init__(self, pretrained: PretrainedModel) -> None:
         super().__init__()
         self.model = build_pretrained(pretrained)
-        self.size = pretrained.model.size
+        self.config = pretrained.model
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.model(images)
 
     def example(self) -> torch.Tensor:
         """Return an example input. It has two images: with one, torch would fix the batch size to 1."""
-        return torch.zeros(2, 3, *self.size, dtype=torch.uint8)
+        shape = (2, self.config.channels, *self.config.size)
+        return torch.zeros(shape, dtype=getattr(torch, self.config.pixel_dtype))
 
 
 def _write_torch_export(store: Store, pretrained: PretrainedModel) -> None:

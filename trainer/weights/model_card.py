@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from pipeline.images.pixels import RGB
 from pipeline.secrets import without_secrets
 from pipeline.storage.store import Store
 from pipeline.text import plural
@@ -14,7 +15,8 @@ from trainer.config.model_schema import ClassifierConfig, EncoderConfig, ModelCo
 from trainer.config.schema import CheckpointConfig, LinprobeConfig, RunConfig
 from trainer.labels.labels import KIND_NAMES
 from trainer.labels.measures import MAIN, MEASURES, found_measures
-from trainer.models.vit import MEAN, STD
+from trainer.models.pixels import describe_normalisation
+from trainer.models.vit import pixel_statistics
 from trainer.run.metrics import history
 from trainer.run.run import read_record
 from trainer.weights.pretrained import ModelInfo
@@ -103,18 +105,22 @@ def usage(model: EncoderConfig, export_format: str, output: str) -> str:
 
 
 def _describe_input(model: EncoderConfig, export_format: str) -> str:
-    height, width = model.size
+    shape = f"[n, {model.channels}, {', '.join(map(str, model.size))}]"
+    mean, std = pixel_statistics(model)
+    colours = ", RGB" if model.channels == 3 else ""
     if export_format in NORMALISED_INPUT:
         # The card's code for the authors' model only loads the weights.
         images = "The model takes images as" if export_format == "authors" else "`images` are"
+        scaled = {"uint8": ", scaled to [0, 1]", "uint16": ", divided by 65535", "float32": ""}
         return (
-            f"{images} float32[n, 3, {height}, {width}], RGB, scaled to [0, 1], minus the mean {MEAN}, divided by the standard "
-            f"deviation {STD}."
+            f"{images} float32{shape}{colours}{scaled[model.pixel_dtype]}, minus the mean {mean}, divided by the standard "
+            f"deviation {std}."
         )
     array = "a NumPy array" if export_format == "onnx" else "a tensor"
-    return (
-        f"`images` is {array}, uint8[n, 3, {height}, {width}], RGB. The model normalises the pixels itself."
-    )
+    text = f"`images` is {array}, {model.pixel_dtype}{shape}{colours}. The model normalises the pixels itself"
+    if model.pixels == RGB:
+        return f"{text}."
+    return f"{text}: {describe_normalisation(model).removeprefix('normalise: ')}."
 
 
 def _title(model: EncoderConfig) -> str:

@@ -25,10 +25,11 @@ from pipeline.storage.store import Store, open_store
 from trainer.config.model_schema import ClassifierConfig, EncoderConfig, ModelConfig
 from trainer.config.schema import FinetuneConfig, LabelledRunConfig, LinprobeConfig, RunConfig
 from trainer.labels.labels import Labels, read_labels
-from trainer.models.vit import MEAN, ViT
+from trainer.models.vit import ViT
 from trainer.run.checkpoint import EMA, find_checkpoint, read_optimizer_state, read_weights
 from trainer.run.run import CLASSES, read_config
 from trainer.run.run import CONFIG as RUN_CONFIG
+from trainer.weights.channels import pixel_hints
 from trainer.weights.files import IS_PROGRAM, WeightFile, is_http, read_weight_file, split_path
 from trainer.weights.state_dicts import (
     Weights,
@@ -188,7 +189,7 @@ def _read_folder(
     if FORMAT_KEY in config:
         return _checked(_folder_info(config, store.describe(CONFIG), store), file.tensors)
     return _convert_foreign(
-        file, where, {**hints, **_hints_from_config(config, where)}, _pixel_mean(store, config)
+        file, where, {**hints, **_hints_from_config(config, where), **_pixel_hints(store, config)}
     )
 
 
@@ -312,26 +313,41 @@ def _hints_from_args(args: Any) -> dict[str, Any]:
     return {ours: getattr(args, theirs) for theirs, ours in names.items() if hasattr(args, theirs)}
 
 
-def _pixel_mean(store: Store, config: Mapping[str, Any]) -> Any:
-    """Return the pixel mean of the model's input normalisation, from timm's config or transformers' preprocessor config."""
-    if "pretrained_cfg" in config:
-        settings = config["pretrained_cfg"]
-        return settings.get("mean") if isinstance(settings, dict) else None
-    return (_read_json(store, "preprocessor_config.json") or {}).get("image_mean")
+def _pixel_hints(store: Store, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the hints on pixels and their normalisation in a foreign model folder."""
+    return pixel_hints(config, _read_json(store, "preprocessor_config.json") or {})
 
 
-def _convert_foreign(
-    file: WeightFile, where: str, hints: Mapping[str, Any], pixel_mean: Any = None
-) -> PretrainedModel:
+def read_initial_model(location: str, step: int | None) -> EncoderConfig | None:
+    """Describe the images of the model that a run starts from, without reading weights: a config with its channels, the type
+    of its pixels and their normalisation. None if only the weights could tell."""
+    store = None if is_http(location) else open_store(location)
+    if store is None:
+        return None
+    if store.exists(RUN_CONFIG):
+        return _run_info(store, step).model
+    config = _read_json(store, CONFIG)
+    if config is None:
+        return None
+    if FORMAT_KEY in config:
+        return _folder_info(config, store.describe(CONFIG), store).model
+    hints = _pixel_hints(store, config)
+    try:
+        return EncoderConfig(channels=len(hints["pixel_mean"]), **hints) if "pixel_mean" in hints else None
+    except (ValidationError, TypeError):
+        return None  # reported when the weights are read
+
+
+def _convert_foreign(file: WeightFile, where: str, hints: Mapping[str, Any]) -> PretrainedModel:
     """Convert the weights of another project, and record in `source` where they come from and what was assumed."""
     weights = to_native(file.tensors, where)
     if not any(name.startswith("decoder_") for name in weights):
         weights.pop("mask_token", None)  # some encoder files have one
     model = infer_config(weights, where, {"norm_pix": False, **hints})
     assumptions = [RAW_PIXELS_ASSUMED] if isinstance(model, ModelConfig) and "norm_pix" not in hints else []
-    if pixel_mean and pixel_mean != list(MEAN):
+    if model.pixel_mean is None and model.channels != 3:
         assumptions.append(
-            f"the model was trained with the pixel mean {pixel_mean}; maestream normalises with ImageNet's, {list(MEAN)}"
+            f"the files do not say how the model normalises its {model.channels} channels: pixels are only scaled to [0, 1]"
         )
     source: dict[str, Any] = {
         # Without folder and query: the model card is public, and they may be private.

@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 from trainer.config.model_schema import ClassifierConfig, EncoderConfig, ModelConfig
 from trainer.models.classifier import Classifier, Encoder
 from trainer.models.mae import MAE
-from trainer.models.vit import LAYER_NORM_EPS, MEAN, STD, ViT
+from trainer.models.vit import LAYER_NORM_EPS, ViT, pixel_statistics
 
 Weights = dict[str, torch.Tensor]
 MAX_LISTED = 8  # problems that an error message lists
@@ -26,6 +26,7 @@ MAX_LISTED = 8  # problems that an error message lists
 # (Dosovitskiy et al. 2020, Table 1). Decoder: the authors' models_mae.py.
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 DECODER_HEADS = {512: 16}
+PIXEL_KEYS = ("pixel_dtype", "pixel_bits", "pixel_mean", "pixel_std")
 TIMM_SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}
 
 TRANSFORMERS_CLASSES = {
@@ -151,15 +152,17 @@ def infer_config(weights: Mapping[str, torch.Tensor], where: str, hints: Mapping
     Args:
         where: the file, for messages.
         hints: config values that shapes do not determine, as far as they are known: heads, decoder_heads, norm_pix,
-            mask_ratio, sampling, masked, pool, and image_size of images that are not square. Without hints, heads are those of
-            the published model of the same width.
+            mask_ratio, sampling, masked, pool, PIXEL_KEYS, and image_size of images that are not
+            square. Without hints, heads are those of the published model of the same width.
 
     Raises UserError if a parameter is missing or has the wrong number of dimensions, or if the heads are unknown.
     """
     has_decoder, has_head = any(n.startswith("decoder_") for n in weights), "head.weight" in weights
-    width, _, patch, _ = _shape(weights, "patch_embed.proj.weight", 4, where)
+    width, channels, patch, _ = _shape(weights, "patch_embed.proj.weight", 4, where)
     positions = _shape(weights, "pos_embed", 3, where)[1]
     config: dict[str, Any] = {"width": width, "patch_size": patch, "depth": _depth(weights, "blocks")}
+    config |= {key: hints[key] for key in PIXEL_KEYS if key in hints}
+    config["channels"] = channels
     config["heads"] = hints.get("heads") or _heads(width, HEADS, "--heads", where)
     if "image_size" in hints:
         config["image_size"] = hints["image_size"]
@@ -271,7 +274,7 @@ def transformers_config(model: EncoderConfig) -> dict[str, Any]:
     config: dict[str, Any] = {
         "image_size": height if height == width else [height, width],
         "patch_size": model.patch_size,
-        "num_channels": 3,
+        "num_channels": model.channels,
         "hidden_size": model.width,
         "num_hidden_layers": model.depth,
         "num_attention_heads": model.heads,
@@ -281,6 +284,7 @@ def transformers_config(model: EncoderConfig) -> dict[str, Any]:
         "qkv_bias": True,
         "attention_probs_dropout_prob": 0.0,
         "hidden_dropout_prob": 0.0,
+        **_pixel_type(model),
     }
     if isinstance(model, ModelConfig):
         config |= {
@@ -306,17 +310,27 @@ def hints_from_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
     return {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
 
 
+def _pixel_type(model: EncoderConfig) -> dict[str, Any]:
+    """Return maestream's keys for the type of the pixels, unless it is the one that everyone assumes."""
+    if model.pixel_dtype == "uint8":
+        return {}
+    return {"pixel_dtype": model.pixel_dtype, "pixel_bits": model.pixel_bits}
+
+
 def timm_config(model: EncoderConfig, classes: int) -> dict[str, Any]:
     """Return the config.json of a timm ViT, for `timm.create_model("local-dir:FOLDER", pretrained=True)`."""
     size = TIMM_SIZES.get(model.width, "base")
     patch = {"huge": 14}.get(size, 16)
     pool = "avg" if isinstance(model, ClassifierConfig) and model.pool == "mean" else "token"
+    mean, std = pixel_statistics(model)
     return {
         "architecture": f"vit_{size}_patch{patch}_224",
         "num_classes": classes,
         "num_features": model.width,
         "global_pool": pool,
+        **_pixel_type(model),
         "model_args": {
+            **({} if model.channels == 3 else {"in_chans": model.channels}),
             "img_size": list(model.size),
             "patch_size": model.patch_size,
             "embed_dim": model.width,
@@ -327,12 +341,13 @@ def timm_config(model: EncoderConfig, classes: int) -> dict[str, Any]:
         },
         "pretrained_cfg": {
             "num_classes": classes,
-            "input_size": [3, *model.size],
+            "input_size": [model.channels, *model.size],
             "fixed_input_size": True,
             "interpolation": "bicubic",
-            "mean": list(MEAN),
-            "std": list(STD),
-            "first_conv": "patch_embed.proj",
+            "mean": list(mean),
+            "std": list(std),
+            # timm 1.0 adapts the layer that is named here as if it had 3 channels.
+            "first_conv": "patch_embed.proj" if model.channels == 3 else None,
             "classifier": "head",
         },
     }

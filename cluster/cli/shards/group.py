@@ -6,14 +6,15 @@ from cluster.cli.shards.build import build
 from cluster.cli.shards.index import index
 from cluster.cli.shards.mix import mix
 from cluster.cli.shards.show import show
+from cluster.cli.shards.statistics import statistics
 from cluster.cli.shards.verify import verify
 from cluster.cli.shards.view import view
 
 
 @click.group()
 def shards() -> None:
-    """Build, index, select, mix, show and verify datasets of WebDataset shards."""
+    """Build, index, select, mix, show, measure and verify datasets of WebDataset shards."""
 
 
-for command in (build, index, view, mix, show, verify):
+for command in (build, index, view, mix, show, statistics, verify):
     shards.add_command(command)

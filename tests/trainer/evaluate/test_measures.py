@@ -57,9 +57,9 @@ class Looked(nn.Module):
         super().__init__()
         self.model, self.seen = model, []
 
-    def forward(self, images: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, images: torch.Tensor, kept: torch.Tensor | None, normalised: bool) -> torch.Tensor:
         self.seen.append(images)
-        return self.model(images, kept)
+        return self.model(images, kept, normalised)
 
 
 def test_lower_precision_changes_no_augmentation() -> None:
