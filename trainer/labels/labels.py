@@ -8,7 +8,6 @@ import functools
 import itertools
 import json
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -106,8 +105,7 @@ def known_labels(dataset: Dataset) -> Iterator[npt.NDArray[np.float32]]:
     for first, last in itertools.pairwise(starts):
         if first == last:
             continue
-        opened: Any = dataset
-        labels = opened.labels(dataset.locate(np.arange(first, last)).row)
+        labels = dataset.labels(dataset.locate(np.arange(first, last)).row)
         if (wrong := np.flatnonzero(~np.isfinite(labels).all(axis=1))).size:
             (key,) = dataset.keys([first + int(wrong[0])])
             infinite = np.isinf(labels[wrong[0]]).any()
