@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from pipeline.decode.batch_memory import BatchMemory
 from pipeline.decode.decoder import Decoded, Encoded, Size, torch_dtype
 from pipeline.errors import why_undecodable
 from pipeline.images.convert import convert, png_has_sbit, significant_bits, to_grey
@@ -44,15 +45,18 @@ class CpuDecoder:
         self.pixels = pixels
         self.pinned = pinned
         self.threads = threads
+        self.memory = BatchMemory()
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
     def __call__(
         self, encoded: Sequence[Encoded], boxes: npt.NDArray[np.int64], flips: npt.NDArray[np.bool_]
     ) -> Decoded:
-        batch = torch.empty(
-            (len(encoded), self.pixels.channels, *self.size),
-            dtype=torch_dtype(self.pixels),
-            pin_memory=self.pinned,
+        shape, dtype = (len(encoded), self.pixels.channels, *self.size), torch_dtype(self.pixels)
+        # torch itself uses page-locked memory again.
+        batch = (
+            torch.empty(shape, dtype=dtype, pin_memory=True)
+            if self.pinned
+            else self.memory.empty(shape, dtype)
         )
         images = batch.numpy()
         decode = _decoding(self.pixels)
