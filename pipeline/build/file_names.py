@@ -58,6 +58,24 @@ def split_of(name: str) -> str | None:
     return next(split for split, text in zip(("train", "val", "test"), found.groups(), strict=True) if text)
 
 
+def file_split(name: str) -> tuple[str, str]:
+    """The split of a file of many images by its name or its folders, "" for none, and a pattern for all files of the split.
+
+    "data/train-00000-of-00002.parquet" → ("train", "data/train-*"); "default/test/0000.parquet" → ("test", "default/test/*").
+    """
+    *folders, base = name.split("/")
+    for place, folder in enumerate(folders):
+        if split := split_of(folder):
+            return split, "/".join([*folders[: place + 1], "*"])
+    start, separator, _ = base.partition("-")
+    if not (separator and "-of-" in base):
+        start = re.split(r"[-_.]", base)[0]
+        split = split_of(start) or ""
+    else:
+        split = split_of(start) or start
+    return split, "/".join([*folders, f"{start}{base[len(start) : len(start) + 1]}*"])
+
+
 def count_by_extension(names: Iterable[str]) -> str:
     """Count files by extension, the most frequent first: "10 .txt, 2 .heic"."""
     counts = Counter(PurePosixPath(name).suffix.lower() or "without an extension" for name in names)

@@ -5,6 +5,7 @@ If there are metadata files with labels beside the images, these are taken (`pip
 Hidden files and files that are not images are left out, and counted in a note.
 """
 
+import unicodedata
 from collections.abc import Iterable
 
 import numpy as np
@@ -74,7 +75,7 @@ def folder_source(store: Store, sizes: dict[str, int], options: SourceOptions) -
         label_of: dict[str | None, int] = {name: label for label, name in enumerate(classes)}
         labels = pa.array([label_of.get(name, NO_LABEL) for name in class_of], label_type("class"))
         items = with_labels(items, labels)
-        notes += _nesting_notes(store, images, classes, merged)
+        notes += [*_spelling_notes(classes), *_nesting_notes(store, images, classes, merged)]
     kept = [metadata.kept.get(name, {}) for name in images] if options.fields.keep else []
     for name, array in kept_arrays(kept, list(options.fields.columns)).items():
         items = items.append_column(name, array)
@@ -212,6 +213,15 @@ def _empty_message(store: Store, empty: dict[str, list[str]]) -> str:
         f"{store.url}: the class folder {name} has no images in it{has}{more}, so it is unclear whether it is a class: "
         "add images to it, or remove it, or add --allow-empty-classes to make it a class"
     )
+
+
+def _spelling_notes(classes: list[str]) -> Iterable[str]:
+    """Notes about classes that are probably one."""
+    spelled: dict[str, str] = {}
+    for name in classes:
+        other = spelled.setdefault(unicodedata.normalize("NFC", name).casefold().strip(), name)
+        if other != name:
+            yield f"the class folders {other!r} and {name!r} differ only in case, accents' encoding or spaces: they are two classes"
 
 
 def _nesting_notes(

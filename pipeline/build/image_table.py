@@ -7,7 +7,9 @@ The table has the columns of ITEMS. If labels are not one class for each image, 
 that --keep-json keeps are further columns.
 """
 
+import contextlib
 import json
+import math
 import platform
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
@@ -244,9 +246,11 @@ def kept_arrays(rows: list[dict[str, Any]], names: list[str]) -> dict[str, pa.Ar
 
 
 def _kept_array(values: list[Any]) -> pa.Array:
+    values = [None if isinstance(value, float) and math.isnan(value) else value for value in values]
     types = {type(value) for value in values} - {type(None)}
     for allowed, kind in (({bool}, pa.bool_()), ({int}, pa.int64()), ({int, float}, pa.float64())):
         if types and types <= allowed:
-            return pa.array(values, kind)
+            with contextlib.suppress(OverflowError, pa.ArrowInvalid):  # a number that is too large
+                return pa.array(values, kind)
     texts = [v if v is None or isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in values]
     return pa.array(texts, pa.string())

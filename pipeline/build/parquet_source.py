@@ -14,7 +14,6 @@ plain file:
 import functools
 import io
 import json
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -26,7 +25,7 @@ from pydantic import BaseModel
 
 from pipeline.build import imagenet
 from pipeline.build.columns import Column, choose_image, choose_label, class_names, features_of, kept_columns
-from pipeline.build.file_names import split_of
+from pipeline.build.file_names import file_split
 from pipeline.build.image_table import (
     ITEMS,
     RangeReader,
@@ -130,26 +129,12 @@ def parquet_source(
 
 def _check_splits(store: Store, names: list[str]) -> None:
     """UserError if the files belong to several splits, such as train-00000-of-00010.parquet and test-00000-of-00001.parquet."""
-    splits: dict[str, str] = {}  # split → its first file
-    for name in names:
-        *folders, base = name.split("/")
-        start, dash, _ = base.partition("-")
-        split = (
-            start
-            if dash and "-of-" in base
-            else next(filter(split_of, [*folders, re.split(r"[-_.]", base)[0]]), "")
-        )
-        splits.setdefault(split_of(split) or split, name)
-    if len(splits) > 1:
-        name = splits[min(splits)]
-        folder = next((part for part in name.split("/")[:-1] if split_of(part)), None)
-        pattern = f"{re.split('[-_.]', name.rpartition('/')[2])[0]}*.parquet"
-        example = (
-            name[: name.index(folder) + len(folder)] if folder else name.rpartition("/")[0] + f"/{pattern}"
-        )
+    patterns = {split: pattern for split, pattern in map(file_split, names) if split}
+    if len(patterns) > 1:
+        splits = sorted(patterns)
         raise UserError(
-            f"{store.url} has files of several splits in it ({', '.join(filter(None, sorted(splits)))}): choose one, such as "
-            f"{store.describe(example.lstrip('/'))}, or add --splits merge to take all of them"
+            f"{store.url} has files of several splits in it ({', '.join(splits)}): choose one, such as "
+            f"'{store.describe(patterns[splits[0]])}', or add --splits merge to take all of them"
         )
 
 

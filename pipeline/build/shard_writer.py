@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import math
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -218,7 +219,8 @@ def _field_files(label: Label, kept: dict[str, Any]) -> dict[str, bytes]:
     """The files of a sample besides its image, by extension: .cls with one class, .json with all else."""
     files = {} if isinstance(label, list) or label in (None, NO_LABEL) else {"cls": str(label).encode()}
     tree = {**({"label": label} if isinstance(label, list) else {}), **kept}
-    tree = {name: value for name, value in tree.items() if value is not None}
+    # JSON has no infinite numbers.
+    tree = {n: str(v) if v in (math.inf, -math.inf) else v for n, v in tree.items() if v is not None}
     return {**files, **({"json": json.dumps(tree, ensure_ascii=False).encode()} if tree else {})}
 
 

@@ -14,13 +14,14 @@ data/train-*.parquet.
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline.build.file_names import IMAGE_EXTENSIONS, count_by_extension, is_hidden, is_image
+from pipeline.build.file_names import IMAGE_EXTENSIONS, count_by_extension, file_split, is_hidden, is_image
 from pipeline.build.folder_source import folder_source
 from pipeline.build.image_table import ITEMS, SceneRenderer, Source, SourceOptions
 from pipeline.build.parquet_source import parquet_source
@@ -109,12 +110,24 @@ def _files(
             f"{store.url} has several archives in it: choose one, such as {store.describe(official)}"
         )
     if all(n.endswith(".tar") for n in names):
-        return webdataset_source(store, names)
+        source = webdataset_source(store, names)
+        return replace(source, notes=(*source.notes, *_splits_note(store, names)))
     if all(n.endswith(".parquet") for n in names):
         return parquet_source(store, names, open_spool, run, options)
     raise UserError(
         f"{store.url}: {names[0]} and {names[-1]} are of different types: select one with a pattern, such as *.tar"
     )
+
+
+def _splits_note(store: Store, names: list[str]) -> list[str]:
+    """A note if tars belong to several splits, such as train-0000.tar and val-0000.tar."""
+    patterns = {split: pattern for split, pattern in map(file_split, names) if split}
+    if len(patterns) < 2:
+        return []
+    pattern = store.describe(patterns[min(patterns)])
+    return [
+        f"the tars are of several splits ({', '.join(sorted(patterns))}); '{pattern}' selects one of them"
+    ]
 
 
 def _check_unused(where: str, why: str, options: SourceOptions) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.build.build import BuildResult, build
-from pipeline.build.file_names import is_image, split_of
+from pipeline.build.file_names import file_split, is_image, split_of
 from pipeline.build.image_table import ITEMS, RangeReader, Source, SourceOptions, make_source, rows_of
 from pipeline.build.shard_writer import BuildOptions
 from pipeline.build.sources import open_source
@@ -121,6 +121,41 @@ def test_a_folder_too_high_in_the_tree_is_noted(tmp_path: Path) -> None:
     assert opened(folder).notes == (
         "the class folders have test/ and train/ in them: the images of all of these are taken",
     )
+
+
+def test_class_folders_that_are_probably_one_are_noted(tmp_path: Path) -> None:
+    source = opened(tree(tmp_path, "Cat/1.jpg", "cat/2.jpg", "dog/3.jpg"))
+    assert source.classes == ["Cat", "cat", "dog"]
+    assert source.notes == (
+        "the class folders 'Cat' and 'cat' differ only in case, accents' encoding or spaces: they are two classes",
+    )
+
+
+def test_the_split_of_a_file(tmp_path: Path) -> None:
+    names = {
+        "train-00000-of-00002.parquet": ("train", "train-*"),
+        "data/validation-00000-of-00001.parquet": ("val", "data/validation-*"),
+        "a/test/0000.parquet": ("test", "a/test/*"),
+        "unsupervised-00000-of-00001.parquet": ("unsupervised", "unsupervised-*"),
+        "train.parquet": ("train", "train.*"),
+        "val_07.tar": ("val", "val_*"),
+        "shard-000000.tar": ("", "shard-*"),
+        "00000.tar": ("", "00000.*"),
+    }
+    assert {name: file_split(name) for name in names} == names
+
+
+def test_tars_of_several_splits_are_noted(tmp_path: Path) -> None:
+    for name in ("train", "val"):
+        images = tree(tmp_path / name, *(f"{name}{i}.jpg" for i in range(2)))
+        built(images, tmp_path / f"{name}-out")
+        (tmp_path / "tars").mkdir(exist_ok=True)
+        (tmp_path / f"{name}-out" / "shard-000000.tar").rename(tmp_path / "tars" / f"{name}-000000.tar")
+    (note,) = opened(tmp_path / "tars").notes
+    assert (
+        note == f"the tars are of several splits (train, val); '{tmp_path}/tars/train-*' selects one of them"
+    )
+    assert opened(tmp_path / "tars" / "train-*").notes == ()
 
 
 # ---- empty classes ----------------------------------------------------------------------------------------------

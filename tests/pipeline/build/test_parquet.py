@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import webdataset
 
 from pipeline.build.build import build
 from pipeline.build.image_table import Source, SourceOptions, rows_of
@@ -271,11 +272,17 @@ def test_kept_columns_are_in_the_index_and_in_the_tar(tmp_path: Path) -> None:
     path = parquet_file(
         tmp_path / "x.parquet",
         label=[0, 1],
-        score=[0.5, None],
+        score=[0.5, float("nan")],
         caption=["é", "b"],
         meta=[{"n": 1}, {"n": 2}],
+        limit=[float("inf"), 1.0],
     )
-    dataset = built(path, tmp_path / "out", keep="score,caption,n=meta.n")
+    dataset = built(path, tmp_path / "out", keep="score,caption,n=meta.n,limit")
+    samples = webdataset.WebDataset(str(tmp_path / "out" / "shard-000000.tar"), shardshuffle=False)
+    assert {sample["__key__"]: sample["json"].decode() for sample in samples} == {
+        "0": '{"score": 0.5, "caption": "é", "n": 1, "limit": "inf"}',
+        "1": '{"caption": "b", "n": 2, "limit": 1.0}',
+    }
     assert verify(dataset) == []
     built_again = built(tmp_path / "out", tmp_path / "again")  # from the dataset
     for each in (dataset, built_again):
