@@ -26,7 +26,6 @@ from pipeline.dataset.manifest import (
     INDEX_SCHEMA,
     MANIFEST,
     NO_LABEL,
-    SHARDS,
     SHARDS_SCHEMA,
     Manifest,
     Part,
@@ -111,7 +110,9 @@ class Dataset:
         """The manifest's parts, or the whole dataset as one."""
         return self.manifest.parts or (
             Part(
-                name=self.store.url.rpartition("/")[2], url=self.shard_store.url, shards=self.manifest.shards
+                name=self.store.url.rpartition("/")[2],
+                url=self.manifest.shards_url,
+                shards=self.manifest.shards,
             ),
         )
 
@@ -154,9 +155,9 @@ class Dataset:
 
     @functools.cached_property
     def _digests(self) -> pa.Table:
-        return parse_parquet(
-            self.store.describe(SHARDS), read_shard_table(self.store), SHARDS_SCHEMA, ["sha256", "content"]
-        )
+        name = self.manifest.table
+        table = read_shard_table(self.store, name)
+        return parse_parquet(self.store.describe(name), table, SHARDS_SCHEMA, ["sha256", "content"])
 
     def shard_name(self, shard: int) -> str:
         return self.shard_names[shard].as_py()
@@ -335,13 +336,11 @@ def open_dataset(url: str, already_reached: bool = False) -> Dataset:
         raise UserError(
             f"{store.describe(MANIFEST)} is damaged ({first}): copy or build the dataset again"
         ) from None
-    table = read_shard_table(store)
-    shards = parse_parquet(store.describe(SHARDS), table, SHARDS_SCHEMA, TRAINING_COLUMNS)
-    contents = parse_parquet_column(store.describe(SHARDS), table, SHARDS_SCHEMA, "content")
+    table, name = read_shard_table(store, manifest.table), store.describe(manifest.table)
+    shards = parse_parquet(name, table, SHARDS_SCHEMA, TRAINING_COLUMNS)
+    contents = parse_parquet_column(name, table, SHARDS_SCHEMA, "content")
     if not _is_consistent(manifest, shards, contents):
-        raise UserError(
-            f"{store.describe(SHARDS)} does not match {MANIFEST}: copy or build the dataset again"
-        )
+        raise UserError(f"{name} does not match {MANIFEST}: copy or build the dataset again")
     shard_store = open_tars(tars_url(store.url, manifest), already_reached)
     identity = hashlib.sha256(text)
     identity.update(table)

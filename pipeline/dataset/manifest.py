@@ -102,6 +102,8 @@ class Manifest(BaseModel):
     labels: LabelKind = "class"
     pixels: Pixels = RGB
     parts: tuple[Part, ...] = ()  # instead of `shards_url`, see `Part`
+    # The table of shards. An extension writes another one, so that the manifest alone decides which dataset there is.
+    table: str = SHARDS
 
     @property
     def has_tars(self) -> bool:
@@ -125,7 +127,7 @@ class Manifest(BaseModel):
         return {name for name in VERSION_2_KEYS if getattr(self, name) != fields[name].default}
 
 
-VERSION_2_KEYS = {"labels", "pixels", "parts"}
+VERSION_2_KEYS = {"labels", "pixels", "parts", "table"}
 
 
 INDEX_ROW = np.dtype(
@@ -173,18 +175,18 @@ def read_file(store: Store, name: str) -> bytes:
         raise UserError(f"{store.describe(name)} is missing: copy or build the dataset again") from None
 
 
-def read_shard_table(store: Store) -> memoryview:
-    """Read the bytes of shards.parquet: 142 MB for a million shards. UserError if it is missing.
+def read_shard_table(store: Store, name: str = SHARDS) -> memoryview:
+    """Read the bytes of a table of shards: 142 MB for a million shards. UserError if it is missing.
 
     Read in parts into one buffer: `Store.read` would need twice the memory while it joins its parts.
     """
     try:
-        data = memoryview(bytearray(store.size(SHARDS)))
+        data = memoryview(bytearray(store.size(name)))
     except FileNotFoundError:
-        raise UserError(f"{store.describe(SHARDS)} is missing: copy or build the dataset again") from None
+        raise UserError(f"{store.describe(name)} is missing: copy or build the dataset again") from None
 
     def read(start: int) -> None:
-        part = store.read_range(SHARDS, start, min(PART_BYTES, len(data) - start))
+        part = store.read_range(name, start, min(PART_BYTES, len(data) - start))
         data[start : start + len(part)] = part
 
     with ThreadPoolExecutor(4) as pool:
@@ -226,12 +228,13 @@ def write_dataset(
     labels: LabelKind = "class",
     pixels: Pixels = RGB,
     parts: Sequence[Part] = (),
+    table: str = SHARDS,
 ) -> Manifest:
     """Write the table of shards, then the manifest. The manifest makes it a dataset, so the tars and indexes come first.
 
     Args:
         shards: SHARDS_SCHEMA.
-        image_bytes, classes, built, checksums, shards_url, labels, pixels, parts: see `Manifest`.
+        image_bytes, classes, built, checksums, shards_url, labels, pixels, parts, table: see `Manifest`.
     """
     manifest = Manifest(
         format_version=1,
@@ -248,9 +251,10 @@ def write_dataset(
         labels=labels,
         pixels=pixels,
         parts=tuple(parts),
+        table=table,
     )
     if manifest.version_2_keys():
         manifest = manifest.model_copy(update={"format_version": 2})
-    store.write(SHARDS, to_parquet(shards))
+    store.write(table, to_parquet(shards))
     store.write(MANIFEST, manifest.to_json())
     return manifest

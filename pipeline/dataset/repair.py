@@ -128,13 +128,13 @@ def _repair_tables(store: Store, run: ParallelMap, result: RepairResult, problem
     )
     table = pa.Table.from_pylist(rows, schema=SHARDS_SCHEMA)
     if before is not None:
-        if fingerprint([table["content"].combine_chunks()]) != before.fingerprint:
+        if fingerprint([table["content"].combine_chunks()], before.parts) != before.fingerprint:
             raise UserError(
                 f"{store.url}: the tars do not match {MANIFEST} ({plural(len(names), 'tar')} found): some are missing, damaged, "
                 "or from another dataset. Build the dataset again from its source"
             )
-        store.write(SHARDS, to_parquet(table))
-        result.repaired.append(f"{SHARDS}: rewritten, it matches {MANIFEST}")
+        store.write(before.table, to_parquet(table))
+        result.repaired.append(f"{before.table}: rewritten, it matches {MANIFEST}")
     else:
         image_bytes = sum(row["image_bytes"] for row in rows)
         write_dataset(store, table, image_bytes, _class_names(rows), {"source": "repaired from its tars"})

@@ -68,8 +68,8 @@ class IndexWriter:
         self.bytes += len(data)
         self.old.discard(name)
 
-    def end(self) -> int:
-        """Remove what is left of the old dataset. Returns the number of bytes of the new one, with its tables."""
+    def end(self, table: str = SHARDS) -> int:
+        """Remove what is left of the old dataset. Returns the number of bytes that were written, with manifest and table."""
         if self.old:
             self.to.remove(sorted(self.old))
-        return self.bytes + self.to.size(MANIFEST) + self.to.size(SHARDS)
+        return self.bytes + self.to.size(MANIFEST) + self.to.size(table)

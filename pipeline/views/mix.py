@@ -77,7 +77,7 @@ def make_mix(
     """
     check_destination(to, list(sources), overwrite)
     first = _labelled(sources)
-    _check_alike(sources, first)
+    check_alike(sources, first)
     classes = list(dict.fromkeys(name for source in sources for name in source.manifest.classes))
     kept, lost = _kept_columns(sources)
     jobs: list[
@@ -96,9 +96,9 @@ def make_mix(
     def write_index(job: tuple[Dataset, int, str]) -> dict[str, Any]:
         source, shard, shard_name = job
         index = _with_columns(source.read_index_table(shard, kept=True), kept)
-        numbers = _numbers_in_mix(source.manifest.classes, classes)
+        numbers = numbers_in(source.manifest.classes, classes)
         if numbers is not None:
-            index = _renumbered(index, numbers)
+            index = renumbered(index, numbers)
         writer.write(shard_name, index)
         return {
             "name": shard_name,
@@ -127,7 +127,7 @@ def make_mix(
     return MixResult(
         manifest,
         writer.end(),
-        [s.store.url for s in sources if _numbers_in_mix(s.manifest.classes, classes) is not None],
+        [s.store.url for s in sources if numbers_in(s.manifest.classes, classes) is not None],
         [s.store.url for s in sources if not s.manifest.checksums]
         if any(s.manifest.checksums for s in sources)
         else [],
@@ -140,7 +140,7 @@ def _labelled(sources: Sequence[Dataset]) -> Dataset:
     return next((source for source in sources if source.manifest.classes), sources[0])
 
 
-def _check_alike(sources: Sequence[Dataset], first: Dataset) -> None:
+def check_alike(sources: Sequence[Dataset], first: Dataset) -> None:
     """UserError if labels or images of the datasets are of different kinds."""
     for source in sources:
         ours, theirs = first.manifest, source.manifest
@@ -210,7 +210,7 @@ def _parts_in_mix(
     return parts, shard_names
 
 
-def _numbers_in_mix(own: list[str], classes: list[str]) -> np.ndarray | None:
+def numbers_in(own: list[str], classes: list[str]) -> np.ndarray | None:
     """The number in the mix of each class of a dataset, int32[classes]; None if they are the same."""
     if own == classes[: len(own)]:
         return None
@@ -218,7 +218,7 @@ def _numbers_in_mix(own: list[str], classes: list[str]) -> np.ndarray | None:
     return np.array([number[name] for name in own], np.int32)
 
 
-def _renumbered(index: pa.Table, numbers: np.ndarray) -> pa.Table:
+def renumbered(index: pa.Table, numbers: np.ndarray) -> pa.Table:
     """The index with other numbers of the classes."""
     labels, place = index["label"].combine_chunks(), index.column_names.index("label")
     if pa.types.is_list(labels.type):

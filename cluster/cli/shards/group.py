@@ -3,6 +3,7 @@
 import click
 
 from cluster.cli.shards.build import build
+from cluster.cli.shards.extend import extend
 from cluster.cli.shards.index import index
 from cluster.cli.shards.mix import mix
 from cluster.cli.shards.show import show
@@ -13,8 +14,8 @@ from cluster.cli.shards.view import view
 
 @click.group()
 def shards() -> None:
-    """Build, index, select, mix, show, measure and verify datasets of WebDataset shards."""
+    """Build, index, select, mix, extend, show, measure and verify datasets of WebDataset shards."""
 
 
-for command in (build, index, view, mix, show, statistics, verify):
+for command in (build, index, view, mix, extend, show, statistics, verify):
     shards.add_command(command)
