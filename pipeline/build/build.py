@@ -16,7 +16,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import PurePosixPath
 
@@ -51,6 +51,8 @@ from pipeline.dataset.manifest import (
 from pipeline.dataset.statistics import STATISTICS
 from pipeline.errors import UserError
 from pipeline.hashing import hash64
+from pipeline.images.kinds import ImageKinds
+from pipeline.images.pixels import Pixels
 from pipeline.parallel import ParallelMap
 from pipeline.storage.parquet import parse_parquet
 from pipeline.storage.store import TEMPORARY, Store, open_store
@@ -71,6 +73,7 @@ class BuildResult:
     odd: dict[str, int]  # number of images that are not RGB or greyscale JPEGs, by kind, such as "PNG"
     skipped: list[str]  # "name: reason" of each image that cannot be read
     duplicates: list[str]  # one line per duplicate image, whether dropped or kept
+    bits_note: str | None  # how 16-bit images are read, if their files do not say
     lost_classes: list[str]  # classes that had images in the source, and have none in the dataset
 
 
@@ -105,7 +108,7 @@ def build(
     _check_destination(source, store, identity, overwrite)
     if (finished := _finished_manifest(store, identity)) is not None:  # killed during the clean-up
         remove_build_files(store)
-        return BuildResult(finished, (), finished.shards, 0, {}, [], [], [])
+        return BuildResult(finished, (), finished.shards, 0, {}, [], [], None, [])
 
     @functools.cache
     def claim() -> Store:
@@ -127,12 +130,15 @@ def build(
     on_plan(len(opened.items))
     receipts: list[Receipt] = []
     kept = 0
+    kinds = ImageKinds()
     for receipt, was_finished in run(write_shard, plan_shards(opened, store, options, memory)):
         # A task that is retried may find the shard that its first attempt finished: that is not an earlier build.
         was_kept = was_finished and receipt_name(receipt.name) in receipts_before
         on_shard(receipt, was_kept)
         receipts.append(receipt)
         kept += was_kept
+        kinds.merge(receipt.kinds)
+        kinds.pixels()  # as early as possible: an error for images that do not fit each other
     receipts.sort(key=lambda receipt: receipt.name)
     skipped = [line for receipt in receipts for line in receipt.left_out]
     if len(skipped) == len(opened.items):
@@ -140,15 +146,19 @@ def build(
             f"{opened.description}: none of the {plural(len(skipped), 'image')} can be read: {skipped[0]}"
         )
     skipped = [*opened.left_out, *skipped]
+    _check_bits_lost(receipts)
     lost = _lost_classes(listed, store, receipts) if skipped or dropped else []
-    manifest = _finish(opened, store, options, receipts, dropped, lost, identity)
+    pixels = kinds.pixels(options.conversion.bits)
+    manifest = _finish(opened, store, options, receipts, dropped, lost, identity, pixels)
     duplicates = dropped if options.drop_duplicates else duplicates_in(open_dataset(store.url))
     for name, lines in ((LEFT_OUT, skipped), (DUPLICATES, duplicates)):
         if lines:
             store.write(name, "".join(f"{line}\n" for line in lines).encode())
     remove_build_files(store)
     changed = sum(receipt.changed for receipt in receipts)
-    return BuildResult(manifest, opened.notes, kept, changed, _total_odd(receipts), skipped, duplicates, lost)
+    note = kinds.note(options.conversion.bits)
+    odd = _total_odd(receipts)
+    return BuildResult(manifest, opened.notes, kept, changed, odd, skipped, duplicates, note, lost)
 
 
 def plan_shards(source: Source, store: Store, options: BuildOptions, memory: int) -> Iterator[ShardJob]:
@@ -195,7 +205,7 @@ def _identity(source: str, options: BuildOptions) -> bytes:
         "shard_bytes": options.shard_bytes,
         "seed": options.seed,
         "check": options.check,
-        "changes": asdict(options.conversion),
+        "changes": options.conversion.changes(),
         "drop_duplicates": options.drop_duplicates,
         **options.source.changes(),
     }
@@ -259,6 +269,7 @@ def _finish(
     dropped: list[str],
     lost_classes: list[str],
     identity: bytes,
+    pixels: Pixels,
 ) -> Manifest:
     """Write the table of shards and the manifest."""
     skipped = len(source.left_out) + sum(len(receipt.left_out) for receipt in receipts)
@@ -280,7 +291,17 @@ def _finish(
     }
     table = pa.Table.from_pylist(rows, schema=SHARDS_SCHEMA)
     image_bytes = sum(receipt.image_bytes for receipt in receipts)
-    return write_dataset(store, table, image_bytes, source.classes, built, labels=source.kind)
+    return write_dataset(store, table, image_bytes, source.classes, built, labels=source.kind, pixels=pixels)
+
+
+def _check_bits_lost(receipts: list[Receipt]) -> None:
+    """UserError if 16-bit images were converted to 8 bits as if their values used all bits, but none did."""
+    used = max((receipt.bits_lost for receipt in receipts), default=0)
+    if 0 < used < 16:
+        raise UserError(
+            f"the values of the 16-bit images use only {used} bits, so as 8-bit JPEGs they would be nearly black: build again "
+            f"with --overwrite and --bits {used}, or with --bits 16 if they are meant to be so dark"
+        )
 
 
 def _lost_classes(source: Source, store: Store, receipts: list[Receipt]) -> list[str]:

@@ -5,9 +5,10 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
+from pipeline.images.formats import EXTENSIONS
 from pipeline.text import plural
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
+IMAGE_EXTENSIONS = tuple(f".{extension}" for extension in EXTENSIONS)
 # What systems and programs put into folders, in lower case. Names that start with a dot are hidden as well.
 SYSTEM_NAMES = {
     "#recycle",

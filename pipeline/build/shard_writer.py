@@ -25,6 +25,7 @@ from pipeline.dataset.manifest import (
     index_name,
 )
 from pipeline.errors import UserError
+from pipeline.images.kinds import ImageKinds
 from pipeline.storage.parquet import to_parquet
 from pipeline.storage.store import Store, open_shared
 
@@ -72,6 +73,8 @@ class Receipt(BaseModel):
     left_out: list[str]  # "name: reason" of each image that was skipped
     odd: dict[str, int]  # number of images that are not RGB or greyscale JPEGs, by kind, such as "PNG"
     changed: int  # number of images that were converted
+    kinds: ImageKinds  # types of the images in the shard
+    bits_lost: int  # the largest `CheckedImage.bits_lost`
 
 
 def build_digest(store: Store) -> str:
@@ -127,6 +130,8 @@ def write_shard(job: ShardJob) -> tuple[Receipt, bool]:
         left_out=skipped,
         odd=contents.odd,
         changed=contents.changed,
+        kinds=contents.kinds,
+        bits_lost=contents.bits_lost,
     )
     _check_build(store, job)
     store.write(receipt_name(job.name), receipt.model_dump_json().encode())
@@ -143,6 +148,8 @@ class _TarContents:
     digest: Any = field(default_factory=hashlib.sha256)
     odd: dict[str, int] = field(default_factory=dict)
     changed: int = 0
+    kinds: ImageKinds = field(default_factory=ImageKinds)
+    bits_lost: int = 0
 
 
 def _index_table(items: pa.Table, contents: _TarContents) -> pa.Table:
@@ -210,6 +217,9 @@ def _write_tar(
             for column, value in zip(contents.columns.values(), row, strict=True):
                 column.append(value)
             contents.changed += image.changed
+            name = item.describe()
+            contents.kinds.add(name, image.channels, image.dtype, image.bits, image.bits_found)
+            contents.bits_lost = max(contents.bits_lost, image.bits_lost)
             if image.odd:
                 contents.odd[image.odd] = contents.odd.get(image.odd, 0) + 1
             tar.tarstream.members.clear()  # tarfile would keep every header in memory

@@ -39,6 +39,7 @@ from pipeline.dataset.webdataset import (
     SkippedSamples,
     compressed_message,
     describe_sample,
+    image_kinds,
     scan_shard,
 )
 from pipeline.errors import UserError
@@ -60,7 +61,6 @@ class IndexResult:
     without_image: int  # samples without an image; they are not in the dataset
     without_label: int  # samples of the dataset without a label
     other_files: int  # files that belong to no sample, such as ._name
-    webp: int  # WebP images
     notes: list[str]  # what was decided, if users may not expect it
 
 
@@ -84,6 +84,7 @@ def index_shards(
     to: Store,
     *,
     checksums: bool = False,
+    bits: int | None = None,
     skip_damaged: bool = False,
     kind: LabelKind | None = None,
     overwrite: bool = False,
@@ -94,6 +95,7 @@ def index_shards(
     Args:
         checksums: whether to read all bytes and store checksums, so that changed bytes are detected later. Otherwise
             only headers are read.
+        bits: significant bits of 16-bit images. None: what their files say, or what the values of some of them use.
         skip_damaged: whether to skip damaged samples. Otherwise the first one is a UserError.
         kind: what labels are. By default it is decided from all of them, see `pipeline.dataset.labels`.
         overwrite: whether to replace a dataset in `to`.
@@ -121,6 +123,9 @@ def index_shards(
         encoder = collector.encoder()
         if encoder.first_problem and not skip_damaged:
             skipped.add(encoder.first_problem)  # raises
+        kinds = image_kinds(store, scans, bits)
+        pixels = kinds.pixels(bits)
+
         if to.exists(MANIFEST):
             to.remove([MANIFEST])
         shards = []
@@ -144,6 +149,7 @@ def index_shards(
         checksums=checksums,
         shards_url=None if to.url == store.url else store.url,
         labels=encoder.kind,
+        pixels=pixels,
     )
     return IndexResult(
         manifest,
@@ -151,8 +157,7 @@ def index_shards(
         sum(scan.without_image for scan in scans),
         sum(shard.without_label for shard in shards),
         sum(scan.other_files for scan in scans),
-        sum(scan.webp for scan in scans),
-        [encoder.note] if encoder.note else [],
+        [note for note in (encoder.note, kinds.note(bits)) if note],
     )
 
 

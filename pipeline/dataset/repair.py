@@ -22,8 +22,9 @@ from pipeline.dataset.manifest import (
     write_dataset,
 )
 from pipeline.dataset.verify import VerifyJob, find_damage, verify_jobs
-from pipeline.dataset.webdataset import scan_shard
+from pipeline.dataset.webdataset import ScannedShard, image_kinds, scan_shard
 from pipeline.errors import UserError
+from pipeline.images.kinds import ImageKinds
 from pipeline.parallel import ParallelMap
 from pipeline.storage.mounts import open_tars
 from pipeline.storage.parquet import to_parquet
@@ -97,8 +98,10 @@ def _repair_index(job: VerifyJob, encoder: LabelEncoder, result: RepairResult) -
     result.repaired.append(f"{name}: rewritten")
 
 
-def _index_of_tar(store: Store, name: str, checksums: bool, encoder: LabelEncoder) -> tuple[pa.Table, str]:
-    """Return the index (`index_schema`) and the SHA-256 of a tar. UserError if the tar is damaged."""
+def _index_of_tar(
+    store: Store, name: str, checksums: bool, encoder: LabelEncoder
+) -> tuple[pa.Table, ScannedShard]:
+    """Return the index (`index_schema`) of a tar, and what else was found in it. UserError if the tar is damaged."""
     scan = scan_shard(store, name, checksums, skip_damaged=False)
     try:
         labels = encoder.encode(scan.rows["label"].to_pylist())
@@ -108,7 +111,7 @@ def _index_of_tar(store: Store, name: str, checksums: bool, encoder: LabelEncode
             f"of the classes ({error}): run `maestream shards index --overwrite` to number the classes again"
         ) from None
     rows = scan.rows.set_column(scan.rows.column_names.index("label"), "label", labels)
-    return rows.cast(index_schema(encoder.kind)), scan.sha256
+    return rows.cast(index_schema(encoder.kind)), scan
 
 
 def _repair_tables(store: Store, run: ParallelMap, result: RepairResult, problem: str) -> Dataset:
@@ -137,7 +140,11 @@ def _repair_tables(store: Store, run: ParallelMap, result: RepairResult, problem
         result.repaired.append(f"{before.table}: rewritten, it matches {MANIFEST}")
     else:
         image_bytes = sum(row["image_bytes"] for row in rows)
-        write_dataset(store, table, image_bytes, _class_names(rows), {"source": "repaired from its tars"})
+        kinds = ImageKinds()
+        for row in rows:
+            kinds.merge(row["kinds"])
+        built = {"source": "repaired from its tars"}
+        write_dataset(store, table, image_bytes, _class_names(rows), built, pixels=kinds.pixels())
         result.repaired.append(
             f"{MANIFEST}, {SHARDS}: rewritten from {plural(len(names), 'tar')}; missing tars cannot be detected; the class "
             "names are taken from the folders of the keys"
@@ -174,7 +181,7 @@ def _scan_tar(job: _ScanJob) -> dict[str, Any]:
     UserError if the tar is damaged.
     """
     store = open_shared(job.url, job.name)
-    index, sha256 = _index_of_tar(store, job.name, job.checksums, job.encoder)
+    index, scan = _index_of_tar(store, job.name, job.checksums, job.encoder)
     folders: dict[int, set[str]] = {}
     for label, key in zip(index["label"].to_pylist(), index["key"].to_pylist(), strict=True):
         if job.encoder.kind == "class" and label != NO_LABEL:
@@ -184,8 +191,9 @@ def _scan_tar(job: _ScanJob) -> dict[str, Any]:
         "name": job.name,
         "samples": len(index),
         "bytes": store.size(job.name),
-        "sha256": sha256,
+        "sha256": scan.sha256,
         "content": content_digest(index),
         "image_bytes": sum(index["size"].to_pylist()),
         "folders": folders,
+        "kinds": image_kinds(store, [scan]),
     }

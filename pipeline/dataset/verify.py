@@ -12,6 +12,8 @@ from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.image_check import check_image
 from pipeline.dataset.manifest import MANIFEST, LabelKind, content_digest, index_name, index_schema
 from pipeline.errors import UserError
+from pipeline.images.convert import type_problem
+from pipeline.images.pixels import Pixels
 from pipeline.parallel import ParallelMap
 from pipeline.storage.mounts import open_tars
 from pipeline.storage.parquet import parse_parquet
@@ -31,6 +33,7 @@ class VerifyJob:
     content: str
     checksums: bool
     labels: LabelKind
+    pixels: Pixels
 
 
 @dataclass
@@ -77,6 +80,7 @@ def verify_jobs(dataset: Dataset) -> Iterator[VerifyJob]:
             dataset.shard_content[shard].as_py(),
             manifest.checksums,
             manifest.labels,
+            manifest.pixels,
         )
 
 
@@ -139,6 +143,8 @@ def _verify_image(job: VerifyJob, row: dict[str, Any], image: bytes) -> str | No
         checked = check_image(image)
     except ValueError as error:
         return f"cannot be decoded ({error})"
+    if problem := type_problem(checked.channels, checked.dtype, job.pixels):
+        return problem
     if (checked.width, checked.height) != (row["width"], row["height"]):
         return (
             f"{checked.width} × {checked.height} pixels, but the index says {row['width']} × {row['height']}"

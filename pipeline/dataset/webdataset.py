@@ -22,12 +22,16 @@ from crc32c import crc32c
 from pipeline.dataset.fields import label_value
 from pipeline.dataset.manifest import INDEX_SCHEMA
 from pipeline.errors import UserError
-from pipeline.images.formats import image_info
+from pipeline.images.convert import significant_bits
+from pipeline.images.formats import EXTENSIONS, ImageInfo, image_info, read_pixels
+from pipeline.images.kinds import ImageKinds, bits_of
+from pipeline.parallel import THREADS, map_ahead
 from pipeline.storage.ranged_file import RangedFile
 from pipeline.storage.store import Store
 from pipeline.storage.tar_reader import COMPRESSED, TarDamageError, tar_members
 
-IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")  # file extensions, best first
+IMAGE_TYPES = tuple(EXTENSIONS)  # file extensions, best first
+MAX_DEEP = 64  # 16-bit images whose values are looked at to find how many bits they use
 JSON_FIELDS = ("label", "cls", "class")
 MAX_LABEL_FILE = 1 << 20  # largest .cls or .json file in bytes
 MAX_LISTED = 20  # skipped samples that are listed by name
@@ -67,7 +71,9 @@ class ScannedShard:
     sha256: str = ""  # of the tar; "" if its bytes were not read
     without_image: int = 0  # number of samples without an image; they are not in `rows`
     other_files: int = 0  # number of files that belong to no sample, such as ._name
-    webp: int = 0  # number of WebP images
+    kinds: ImageKinds = field(default_factory=ImageKinds)  # types of its images
+    # (offset, size in bytes) of some 16-bit images whose files do not say how many bits are used.
+    deep: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass
@@ -80,6 +86,10 @@ class _Sample:
     problem: str | None = None  # the first one found
     image: str | None = None  # extension of the best image so far
     row: dict[str, Any] = field(default_factory=dict)  # its columns of the index, see _read_image
+    info: ImageInfo | None = None  # what its header says
+    # Extension of the best image that cannot be read, and the reason. It matters only if there is no better image: a .npy
+    # file beside a .jpg may be anything.
+    unreadable: tuple[str, str] | None = None
     cls: str | None = None
     json: bytes | None = None
 
@@ -125,13 +135,15 @@ def _scan(file: RangedFile, skipped: SkippedSamples) -> ScannedShard:
                 "--sort=name)"
             )
         label = _label(sample)
+        if sample.unreadable and (sample.image is None or _is_better(sample.unreadable[0], sample.image)):
+            sample.problem = sample.problem or sample.unreadable[1]
         if sample.problem:
             skipped.add(f"{describe_sample(file.name, sample.key, sample.begin)}: {sample.problem}")
         elif sample.image is None:
             scan.without_image += 1
         else:
             rows.append({"key": sample.key, **sample.row, "label": label})
-            scan.webp += sample.image == "webp"
+            _add_kind(scan, sample)
 
     try:
         for member in tar_members(file):
@@ -200,12 +212,60 @@ def _add_file(file: RangedFile, sample: _Sample, member: tarfile.TarInfo, extens
             sample.json = file.read_at(member.offset_data, member.size)
     elif extension in IMAGE_TYPES and not sample.problem:
         try:
-            row = _read_image(file, member)
+            row, info = _read_image(file, member)
         except ValueError as error:
-            sample.problem = f"{printable(member.name)}: {error}"
+            if sample.unreadable is None or _is_better(extension, sample.unreadable[0]):
+                sample.unreadable = extension, f"{printable(member.name)}: {error}"
         else:
-            if sample.image is None or IMAGE_TYPES.index(extension) < IMAGE_TYPES.index(sample.image):
-                sample.image, sample.row = extension, row
+            if sample.image is None or _is_better(extension, sample.image):
+                sample.image, sample.row, sample.info = extension, row, info
+
+
+def _is_better(extension: str, other: str) -> bool:
+    return IMAGE_TYPES.index(extension) < IMAGE_TYPES.index(other)
+
+
+def _add_kind(scan: ScannedShard, sample: _Sample) -> None:
+    """Record the type of a sample's image."""
+    info = sample.info
+    assert info is not None
+    says_bits = info.dtype == "uint16" and info.bits < 16
+    name = describe_sample(scan.name, sample.key, sample.begin)
+    scan.kinds.add(name, info.channels, info.dtype, info.bits if says_bits else 0)
+    if info.dtype == "uint16" and not says_bits and len(scan.deep) < MAX_DEEP:
+        scan.deep.append((sample.row["offset"], sample.row["size"]))
+
+
+def image_kinds(store: Store, scans: list[ScannedShard], bits: int | None = None) -> ImageKinds:
+    """The types of all images.
+
+    Args:
+        store: of the tars.
+        bits: significant bits of 16-bit images, if the user said. Otherwise up to MAX_DEEP images whose files do not say are
+            decoded, spread over all tars.
+    """
+    kinds = ImageKinds()
+    for scan in scans:
+        kinds.merge(scan.kinds)
+    places = [(scan.name, *place) for scan in scans for place in scan.deep]
+    if not places:
+        return kinds
+    if bits:
+        return kinds.model_copy(update={"bits": bits})
+    chosen = places[:: -(-len(places) // MAX_DEEP)]
+    used = max(map_ahead(lambda place: _used_bits(store, *place), chosen, THREADS))
+    kinds.merge(ImageKinds(bits=used, found=True))
+    return kinds
+
+
+def _used_bits(store: Store, name: str, offset: int, size: int) -> int:
+    """The bits that the values of a 16-bit image use; 0 if it is damaged."""
+    data = store.read_range(name, offset, size)
+    try:
+        pixels = read_pixels(data)
+        return significant_bits(data, pixels, 0) or bits_of(int(pixels.max()))
+    except Exception:  # training counts it as a bad sample, and verify names it
+        return 0
 
 
 def _header_problem(member: tarfile.TarInfo) -> str | None:
@@ -224,8 +284,8 @@ def _header_problem(member: tarfile.TarInfo) -> str | None:
     return None
 
 
-def _read_image(file: RangedFile, member: tarfile.TarInfo) -> dict[str, int]:
-    """Return the image's index columns. ValueError, with the reason, if the image is damaged."""
+def _read_image(file: RangedFile, member: tarfile.TarInfo) -> tuple[dict[str, int], ImageInfo]:
+    """Return the image's index columns and its header. ValueError, with the reason, if the image is damaged."""
     offset, size = member.offset_data, member.size
     if size == 0:
         raise ValueError("the file is empty")
@@ -238,7 +298,8 @@ def _read_image(file: RangedFile, member: tarfile.TarInfo) -> dict[str, int]:
         data = file.read_at(offset, size)
         crc = crc32c(data)
         info = image_info(lambda at, n: data[at : at + n], size)
-    return {"offset": offset, "size": size, "width": info.width, "height": info.height, "crc32c": crc}
+    row = {"offset": offset, "size": size, "width": info.width, "height": info.height, "crc32c": crc}
+    return row, info
 
 
 def _label(sample: _Sample) -> str:

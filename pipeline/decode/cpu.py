@@ -20,7 +20,7 @@ from pipeline.decode.batch_memory import BatchMemory
 from pipeline.decode.decoder import Decoded, Encoded, Size, torch_dtype
 from pipeline.errors import why_undecodable
 from pipeline.images.convert import convert, png_has_sbit, significant_bits, to_grey
-from pipeline.images.formats import image_format, read_pixels
+from pipeline.images.formats import check_size, image_format, read_pixels
 from pipeline.images.pixels import RGB, Pixels
 from pipeline.stage_times import StageTimes
 
@@ -133,6 +133,7 @@ def decode_with_pillow(
     begin = time.perf_counter()
     y, x, height, width = box
     with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
+        check_size(*image.size)
         _check_box(box, image.height, image.width)
         # Crop before resizing: `resize(box=…)` would let the filter see pixels outside the crop.
         crop = image.crop((x, y, x + width, y + height))

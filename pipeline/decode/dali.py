@@ -32,6 +32,7 @@ from pipeline.stage_times import StageTimes
 # time. The best value depends on the GPU and on the number of threads. This is DALI's default; `python -m
 # benchmarks.gpu` measures others.
 HW_DECODER_LOAD = 0.65
+PNG_END = b"IEND\xaeB`\x82"
 
 
 @pipeline_def
@@ -122,6 +123,8 @@ class DaliDecoder:
             return False
         if image_format(data) == "WebP":
             return not (data[12:16] == b"VP8X" and data[20] & 2)  # animated
+        if image_format(data) == "PNG" and bytes(data[-8:]) != PNG_END:
+            return False  # Pillow reads PNGs that lack their last bytes
         return decodes_as_rgb(data, self.pixels)
 
     def _run(

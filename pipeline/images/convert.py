@@ -23,12 +23,21 @@ def convert(crop: Array, bits: int, wanted: Pixels) -> Array:
     ValueError, with the reason, for any other change of channels or dtype, and for values that are not finite.
     """
     channels = crop.shape[2]
-    if channels != wanted.channels and {channels, wanted.channels} != {1, 3}:
-        raise ValueError(f"the image has {channels} channels, not {wanted.channels}")
+    if problem := type_problem(channels, crop.dtype.name, wanted):
+        raise ValueError(problem)
     crop = _to_dtype(crop, bits, wanted)
     if channels == wanted.channels:
         return crop
     return np.repeat(crop, 3, axis=2) if channels == 1 else to_grey(crop)
+
+
+def type_problem(channels: int, dtype: str, wanted: Pixels) -> str | None:
+    """Why images of this type cannot be converted to the wanted one, or None."""
+    if channels != wanted.channels and {channels, wanted.channels} != {1, 3}:
+        return f"the image has {channels} channels, not {wanted.channels}"
+    if dtype != wanted.dtype and "float32" in (dtype, wanted.dtype):
+        return f"the image has {dtype} values, not {wanted.dtype}"
+    return None
 
 
 def to_grey(rgb: Array) -> Array:
@@ -42,16 +51,17 @@ def to_grey(rgb: Array) -> Array:
 def _to_dtype(crop: Array, bits: int, wanted: Pixels) -> Array:
     if crop.dtype.kind == "f" and not np.isfinite(crop).all():
         raise ValueError("the image has values that are not finite numbers (NaN or infinity)")
-    if "float32" in (crop.dtype.name, wanted.dtype):
-        if crop.dtype != wanted.dtype:
-            raise ValueError(f"the image has {crop.dtype} values, not {wanted.dtype}")
+    if wanted.dtype == "float32":
         return crop
     to_bits = 8 if wanted.dtype == "uint8" else wanted.bits
     if bits == to_bits:
         return crop.astype(wanted.dtype, copy=False)
-    top = (1 << to_bits) - 1
-    scaled = crop.astype(np.float32) * np.float32(top / ((1 << bits) - 1)) + np.float32(0.5)
-    return scaled.clip(0, top).astype(wanted.dtype)
+    if bits < 16 and crop.size and int(crop.max()) >> bits:
+        raise ValueError(
+            f"the image has values above {(1 << bits) - 1:,}, the most for {bits} bits: make the dataset again with --bits 16"
+        )
+    scale = ((1 << to_bits) - 1) / ((1 << bits) - 1)
+    return (crop.astype(np.float32) * np.float32(scale) + np.float32(0.5)).astype(wanted.dtype)
 
 
 def significant_bits(data: bytes | memoryview, pixels: Array, default: int) -> int:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from pipeline.errors import why_undecodable
+from pipeline.images.headers import Header, avif_header, jpeg2000_header, jpegxl_header, webp_header
 from pipeline.images.pixels import Dtype
 
 Format = Literal["JPEG", "PNG", "WebP", "TIFF", "BMP", "GIF", "JPEG 2000", "AVIF", "JPEG XL", "npy"]
@@ -46,6 +47,14 @@ FORMAT_NAMES = "JPEG, PNG, WebP, TIFF, BMP, GIF, JPEG 2000, AVIF, JPEG XL or .np
 FIRST_READ = 4 << 10  # bytes: enough for most headers; Exif data, ICC profiles and thumbnails need more
 MAX_READ = 16 << 20  # of a header
 MAX_PIXELS = 178_956_970  # width × height: Pillow's limit against files that would fill the memory
+Image.MAX_IMAGE_PIXELS = None  # `check_size` takes its place, because `shards build` may shrink larger images
+HEADER_BYTES = 1 << 20
+HEADERS: dict[Format, Callable[[bytes], Header]] = {
+    "WebP": webp_header,
+    "JPEG 2000": jpeg2000_header,
+    "AVIF": avif_header,
+    "JPEG XL": jpegxl_header,
+}
 Read = Callable[[int, int], bytes]  # (offset, size) → these bytes of the file, fewer at its end
 PILLOW = ("JPEG", "PNG", "BMP", "GIF")
 Array = npt.NDArray[Any]
@@ -91,8 +100,7 @@ def image_format(head: bytes | memoryview) -> Format | None:
 
 
 def image_info(read: Read, size: int) -> ImageInfo:
-    """The size and type of an image, from its header. TIFF's header may be anywhere in the file; of AVIF, JPEG XL and
-    JPEG 2000 the whole image is decoded.
+    """The size and type of an image, from its header, which may be anywhere in a TIFF.
 
     Args:
         read: called with an offset and a number of bytes, returns these bytes of the file.
@@ -100,6 +108,22 @@ def image_info(read: Read, size: int) -> ImageInfo:
 
     ValueError, with the reason, if it is no image of a known format, or its header is damaged.
     """
+    info = any_size_info(read, size)
+    check_size(info.width, info.height)
+    return info
+
+
+def check_size(width: int, height: int, most: int = MAX_PIXELS) -> None:
+    """ValueError, which says what to do, if an image has more than `most` pixels."""
+    if width * height > most:
+        raise ValueError(
+            f"{width} × {height} pixels are {width * height / 1e6:,.0f} megapixels, more than {most / 1e6:,.0f}: to shrink such "
+            "images, use `maestream shards build` with --shorter-side or --longer-side"
+        )
+
+
+def any_size_info(read: Read, size: int) -> ImageInfo:
+    """As `image_info`, also for images with more than MAX_PIXELS."""
     limit = min(size, MAX_READ)
     wanted = min(FIRST_READ, limit)
     while True:
@@ -116,18 +140,24 @@ def image_info(read: Read, size: int) -> ImageInfo:
             return info
 
 
-def read_pixels(data: bytes | memoryview) -> Array:
+def read_pixels(data: bytes | memoryview, most: int = MAX_PIXELS) -> Array:
     """The pixels of an image: [height, width, channels] of uint8, uint16 or float32, without alpha.
 
     Palette, 1-bit and CMYK images become RGB or grey of 8 bits. Integers that are not of these types, and 64-bit floats,
     become float32. Values are not scaled: 12-bit images are uint16 with values below 4096. Safe to call from several
     threads at once.
 
+    Args:
+        data: the file.
+        most: pixels that it may have.
+
     ValueError, or what the format's library raises, if the image is damaged or has no known format.
     """
     format = image_format(data)
     if format is None:
         raise ValueError(_unknown(bytes(data[:16])))
+    info = any_size_info(lambda at, size: bytes(data[at : at + size]), len(data))
+    check_size(info.width, info.height, most)
     pixels = _readers()[format](data)
     if pixels.ndim == 2:
         pixels = pixels[..., None]
@@ -153,8 +183,8 @@ def _readers() -> dict[Format, Callable[[Any], Array]]:  # imagecodecs takes vie
 
 def _unknown(head: bytes) -> str:
     if head[4:8] == b"ftyp":
-        return f"not a {FORMAT_NAMES} image (it may be HEIC or a video: convert it to JPEG)"
-    return f"not a {FORMAT_NAMES} image"
+        return "not an image of a known format: it may be HEIC or a video (convert it to JPEG)"
+    return f"not an image: expected {FORMAT_NAMES}"
 
 
 def _to_dtype(pixels: Array) -> Array:
@@ -207,7 +237,9 @@ def _read_tiff(data: Any) -> Array:
 def _read_jpeg2000(data: Any) -> Array:
     import imagecodecs
 
-    return _without_alpha(imagecodecs.jpeg2k_decode(data, numthreads=1))
+    header = jpeg2000_header(bytes(data))
+    pixels = imagecodecs.jpeg2k_decode(data, numthreads=1)
+    return _to_8_bits(pixels[..., : header.channels] if pixels.ndim == 3 else pixels, header.bits)
 
 
 def _read_avif(data: Any) -> Array:
@@ -219,7 +251,13 @@ def _read_avif(data: Any) -> Array:
 def _read_jpegxl(data: Any) -> Array:
     import imagecodecs
 
-    return _without_alpha(imagecodecs.jpegxl_decode(data, index=0, keeporientation=True, numthreads=1))
+    pixels = imagecodecs.jpegxl_decode(data, index=0, keeporientation=True, numthreads=1)
+    return _to_8_bits(_without_alpha(pixels), jpegxl_header(bytes(data[:HEADER_BYTES])).bits)
+
+
+def _to_8_bits(pixels: Array, bits: int) -> Array:
+    """The same pixels, scaled if they have fewer than 8 bits."""
+    return pixels if bits >= 8 else (pixels * (255 / ((1 << bits) - 1)) + 0.5).astype(np.uint8)
 
 
 def _without_alpha(pixels: Array) -> Array:
@@ -259,16 +297,13 @@ def _info(head: bytes, read: Read, size: int) -> ImageInfo:
         from pipeline.images.tiff import tiff_info
 
         return ImageInfo("TIFF", *tiff_info(read, size))
-    if format == "WebP":
-        alpha = "alpha" if head[12:16] == b"VP8X" and head[20] & 0x10 else ""
-        return ImageInfo("WebP", *_webp_size(head), 3, "uint8", 8, alpha)
     if format == "npy":
         return _npy_info(head)
-    if format in ("JPEG 2000", "AVIF", "JPEG XL"):
-        pixels = read_pixels(read(0, size))
-        height, width, channels = pixels.shape
-        bits = {"uint8": 8, "uint16": 16}.get(pixels.dtype.name, 32)
-        return ImageInfo(format, width, height, channels, _dtype_name(pixels.dtype), bits)
+    if format in HEADERS:
+        header = HEADERS[format](head)
+        bits = max(header.bits, 8)
+        alpha = "alpha" if header.alpha else ""
+        return ImageInfo(format, *header[:4], bits, alpha)
     return _pillow_info(format, head)
 
 
@@ -293,22 +328,3 @@ def _npy_info(head: bytes) -> ImageInfo:
     name = _dtype_name(dtype)
     bits = {"uint8": 8, "uint16": 16, "float32": 32}[name]
     return ImageInfo("npy", shape[1], shape[0], shape[2] if len(shape) == 3 else 1, name, bits)
-
-
-def _webp_size(head: bytes) -> tuple[int, int]:
-    """Width and height of a WebP image (RFC 9649)."""
-
-    def number(start: int, size: int) -> int:
-        if len(head) < start + size:
-            raise ValueError("the WebP header is cut off")
-        return int.from_bytes(head[start : start + size], "little")
-
-    kind = head[12:16]
-    if kind == b"VP8X":
-        return number(24, 3) + 1, number(27, 3) + 1
-    if kind == b"VP8L" and number(20, 1) == 0x2F:
-        bits = number(21, 4)
-        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    if kind == b"VP8 " and number(23, 3) == 0x2A019D:
-        return number(26, 2) & 0x3FFF, number(28, 2) & 0x3FFF
-    raise ValueError("the WebP header is damaged")

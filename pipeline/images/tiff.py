@@ -1,4 +1,4 @@
-"""Read TIFF images of any kind: tiles or strips, planar or interleaved, compressed or not, any number of bands.
+"""Read and write TIFF images. They are read of any kind: tiles or strips, planar or interleaved, compressed or not, any number of bands.
 
 Only the first page is read. tifffile leaves colours as they are stored (except in JPEG compression), so palettes, inverted
 greys, CMYK and YCbCr are converted here.
@@ -91,6 +91,25 @@ def read_tiff(data: bytes | memoryview) -> Array:
             bands = pixels[..., : len(mode) if mode == "CMYK" else 3]
             return np.asarray(Image.fromarray(np.ascontiguousarray(bands), mode).convert("RGB"))
         return pixels
+
+
+def write_tiff(pixels: Array, bits: int) -> bytes:
+    """A compressed TIFF of [height, width, channels] with `bits` significant bits. Always the same bytes."""
+    channels = pixels.shape[2]
+    top = [(MAX_SAMPLE_VALUE, "H", channels, ((1 << bits) - 1,) * channels, True)]
+    file = io.BytesIO()
+    tifffile.imwrite(
+        file,
+        pixels if channels > 1 else pixels[..., 0],
+        photometric="rgb" if channels == 3 else "minisblack",
+        planarconfig="contig" if channels > 1 else None,
+        compression="deflate",
+        predictor=True,
+        metadata=None,
+        software=False,
+        extratags=top if pixels.dtype == np.uint16 and bits < 16 else [],
+    )
+    return file.getvalue()
 
 
 def _first_page(file: tifffile.TiffFile) -> Any:

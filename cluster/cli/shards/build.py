@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cluster.cli.shards.common import fields_options, summary
+from cluster.cli.shards.common import bits_option, fields_options, summary
 from cluster.terminal.console import BuildProgress, console
 from pipeline.dataset.dataset import open_dataset
 from pipeline.storage.store import Store, open_store
@@ -53,7 +53,17 @@ SEED = click.IntRange(min=0, max=2**31 - 1)
 @click.option(
     "--longer-side", type=SIDE, metavar="PIXELS", help="Shrink images whose longer side is larger than this."
 )
-@click.option("--rgb-jpeg", is_flag=True, help="Convert PNG, WebP and CMYK images to RGB JPEGs.")
+@click.option(
+    "--rgb-jpeg",
+    is_flag=True,
+    help="Convert CMYK JPEGs and images of all other formats to RGB or grey JPEGs.",
+)
+@bits_option
+@click.option(
+    "--allow-truncated",
+    is_flag=True,
+    help="Keep JPEGs and PNGs whose end is missing. The missing part becomes grey or black.",
+)
 @click.option(
     "--quality",
     type=click.IntRange(1, 100),
@@ -125,7 +135,12 @@ def build(source: str, dest: str, **options: Any) -> None:
         seed=options["seed"],
         check=options["check"],
         conversion=Conversion(
-            options["shorter_side"], options["longer_side"], options["rgb_jpeg"], options["quality"]
+            options["shorter_side"],
+            options["longer_side"],
+            options["rgb_jpeg"],
+            options["quality"],
+            options["bits"],
+            options["allow_truncated"],
         ),
         strict=options["strict"],
         drop_duplicates=options["drop_duplicates"],
@@ -199,6 +214,8 @@ def _print_notes(built: "BuildResult", store: Store, options: "BuildOptions") ->
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in built.odd.items())
         action = "converted to RGB JPEGs" if options.conversion.rgb_jpeg else "kept: all decoders read them"
         console.print(f"images other than RGB or grey JPEGs: {kinds}; {action}")
+    if built.bits_note:
+        console.print(f"note: {built.bits_note}", style="yellow")
     if built.duplicates:
         action = "skipped" if options.drop_duplicates else "kept (--drop-duplicates skips them)"
         count = plural(len(built.duplicates), "duplicate")

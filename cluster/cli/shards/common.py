@@ -12,6 +12,14 @@ NO_CHECKSUMS = (
     "`maestream shards index --checksums --overwrite` adds checksums"
 )
 
+bits_option = click.option(
+    "--bits",
+    type=click.IntRange(8, 16),
+    metavar="N",
+    help="Significant bits of 16-bit images: 12 if their values are 0 to 4095.  [default: what their files say, or their values "
+    "use]",
+)
+
 
 def summary(manifest: Manifest) -> str:
     """Size and labels of a dataset: "512 images in 1 shard, 26.2 MiB, 10 classes"."""

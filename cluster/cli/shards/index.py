@@ -2,7 +2,7 @@
 
 import click
 
-from cluster.cli.shards.common import NO_CHECKSUMS, summary
+from cluster.cli.shards.common import NO_CHECKSUMS, bits_option, summary
 from cluster.terminal.console import console, progress_bar
 from pipeline.dataset.manifest import LabelKind
 from pipeline.storage.store import open_store
@@ -25,12 +25,14 @@ from pipeline.text import plural
     type=click.Choice(["class", "classes", "numbers"]),
     help="What labels are: one class, several classes, or numbers to predict.  [default: decided from all labels]",
 )
+@bits_option
 @click.option("--skip-damaged", is_flag=True, help="Skip damaged samples and list them, instead of stopping.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing index and manifest.")
 def index(
     dest: str,
     to: str | None,
     checksums: bool,
+    bits: int | None,
     kind: LabelKind | None,
     skip_damaged: bool,
     overwrite: bool,
@@ -38,11 +40,9 @@ def index(
     """Make a dataset of existing WebDataset tars.
 
     Writes an index and a manifest for all tars in FOLDER, and leaves the tars as they are. Only the headers in the
-    tars are read, unless --checksums is given. Images are .jpg, .jpeg, .png and .webp files; labels are .cls files, or the
+    tars are read, unless --checksums is given. Images are files of any format that `shards build` reads; labels are .cls files, or the
     key "label", "cls" or "class" of .json files.
     """
-    from PIL import features
-
     from pipeline.dataset.index import find_shards, index_shards
 
     store = open_store(dest)
@@ -54,6 +54,7 @@ def index(
             names,
             open_store(to or dest),
             checksums=checksums,
+            bits=bits,
             skip_damaged=skip_damaged,
             kind=kind,
             overwrite=overwrite,
@@ -63,11 +64,6 @@ def index(
         console.print(f"skipped {line}", style="yellow")
     if found.skipped.count > len(found.skipped.listed):
         console.print(f"… and {found.skipped.count - len(found.skipped.listed):,} more", style="yellow")
-    if found.webp and not features.check("webp"):
-        console.print(
-            f"{plural(found.webp, 'image')} in WebP format, which the installed Pillow cannot decode",
-            style="yellow",
-        )
     manifest = found.manifest
     console.print(
         f"indexed {summary(manifest)}, {found.skipped.count:,} skipped, {found.without_label:,} without a label; wrote "

@@ -22,7 +22,7 @@ def broken_header(data: bytes, name: bytes) -> bytes:
 
 DAMAGED: dict[str, tuple[dict, str]] = {  # case → files between two intact samples, message
     "empty": ({"m.jpg": b""}, "m at byte 2560: m.jpg: the file is empty"),
-    "text": ({"m.jpg": b"hello"}, "not a JPEG, PNG or WebP image"),
+    "text": ({"m.jpg": b"hello"}, "not an image: expected JPEG, PNG"),
     "torn": ({"m.png": picture(0, "PNG")[:20]}, "m.png: "),
     "twice": ({"m.jpg": picture(0), "m.JPG": picture(1)}, "two .jpg files"),
     "apart": ({"m.txt": b"", "a.txt": b"again"}, "a at byte 3072: duplicate key, it is also at byte 0"),

@@ -121,7 +121,7 @@ def test_an_image_of_another_type_is_a_bad_sample_with_a_reason() -> None:
     assert reason(decoder("cpu"), floats) == "the image has float32 values, not uint8"
     assert reason(float_decoder, png(rgb8())) == "the image has uint8 values, not float32"
     assert "NaN" in reason(float_decoder, npy(hole))
-    assert "not a JPEG" in reason(decoder("cpu"), b"%PDF-1.7 or what")
+    assert "not an image" in reason(decoder("cpu"), b"%PDF-1.7 or what")
     assert "smaller than its crop" in reason(decoder("cpu"), tiff(rgb8(), photometric="rgb"), (0, 0, 204, 9))
 
 

@@ -1,6 +1,7 @@
 """The same picture in every format that maestream reads, and in every type that the format has."""
 
 import io
+import struct
 from functools import cache
 
 import imagecodecs
@@ -10,7 +11,7 @@ import tifffile
 from tests.support.data.odd_images import picture, png, saved
 
 # Mean difference from the picture, in grey levels of 255, of formats that lose detail.
-LOSS = {"JPEG": 2.0, "AVIF": 2.0, "GIF": 6.0}
+LOSS = {"JPEG": 2.0, "JPEG XL": 1.0, "AVIF": 2.0, "GIF": 6.0}
 
 
 @cache
@@ -53,6 +54,16 @@ def tiff(pixels: np.ndarray, **options: object) -> bytes:
 
 def alpha_tiff(pixels: np.ndarray, photometric: str) -> bytes:
     return tiff(with_alpha(pixels), photometric=photometric, extrasamples=["unassalpha"])
+
+
+def with_alpha_box(jp2: bytes, alpha: int) -> bytes:
+    """A JP2 file with a box that calls channel number `alpha` alpha."""
+    at = jp2.index(b"jp2h") - 4
+    size = int.from_bytes(jp2[at : at + 4], "big")
+    channels = [struct.pack(">HHH", i, int(i == alpha), 0 if i == alpha else i + 1) for i in range(alpha + 1)]
+    box = b"cdef" + struct.pack(">H", len(channels)) + b"".join(channels)
+    box = struct.pack(">I", len(box) + 4) + box
+    return jp2[:at] + struct.pack(">I", size + len(box)) + jp2[at + 4 : at + size] + box + jp2[at + size :]
 
 
 @cache
@@ -109,15 +120,20 @@ def files() -> dict[tuple[str, str], bytes]:
         ("GIF", "RGB"): saved(image, "GIF"),
         ("JPEG 2000", "RGB"): jp2(rgb),
         ("JPEG 2000", "grey"): jp2(grey),
-        ("JPEG 2000", "RGB alpha"): jp2(with_alpha(rgb)),
-        ("JPEG 2000", "grey alpha"): jp2(with_alpha(grey)),
+        ("JPEG 2000", "RGB alpha"): with_alpha_box(jp2(with_alpha(rgb)), 3),
+        ("JPEG 2000", "grey alpha"): with_alpha_box(jp2(with_alpha(grey)), 1),
         ("JPEG 2000", "RGB 16-bit"): jp2(deep(rgb)),
         ("JPEG 2000", "grey 16-bit"): jp2(deep(grey)),
         ("JPEG 2000", "RGB code stream"): jp2(rgb, codecformat="j2k"),
         ("AVIF", "RGB"): avif(rgb),
         ("AVIF", "grey"): avif(grey),
         ("AVIF", "RGB alpha"): avif(with_alpha(rgb)),
+        ("AVIF", "RGB 10-bit"): avif(deep(rgb) >> 6, bitspersample=10),
+        ("AVIF", "grey 12-bit"): avif(deep(grey) >> 4, bitspersample=12),
+        ("JPEG 2000", "RGB 12-bit"): jp2(deep(rgb) >> 4, bitspersample=12),
         ("JPEG XL", "RGB"): jxl(rgb),
+        ("JPEG XL", "RGB 12-bit"): jxl(deep(rgb) >> 4, bitspersample=12),
+        ("JPEG XL", "RGB lossy"): imagecodecs.jpegxl_encode(rgb, level=99),
         ("JPEG XL", "grey"): jxl(grey),
         ("JPEG XL", "RGB alpha"): jxl(with_alpha(rgb)),
         ("JPEG XL", "grey alpha"): jxl(with_alpha(grey)),
