@@ -293,6 +293,31 @@ def test_kept_columns_are_in_the_index_and_in_the_tar(tmp_path: Path) -> None:
         }
 
 
+def test_the_bytes_do_not_depend_on_which_task_ends_first(tmp_path: Path) -> None:
+    for number in range(3):
+        images = [{"bytes": picture(i), "path": "same.jpg"} for i in range(number, 12, 3)]
+        column = pa.array([*images, None], IMAGE_TYPE)
+        lists = [[i % 5, 7] for i in range(len(column))]
+        parquet_file(
+            tmp_path / "in" / f"{number}.parquet", image=column, label=lists, score=[0.5] * len(lists)
+        )
+    options = BuildOptions(shard_bytes=2000, source=SourceOptions(fields=parse_fields(keep="score")))
+
+    def backwards(function: Any, jobs: Any) -> Any:
+        return reversed([function(job) for job in reversed(list(jobs))])
+
+    def last_first(function: Any, jobs: Any) -> Any:
+        return [function(job) for job in reversed(list(jobs))]
+
+    runs = {"a": map, "b": backwards, "c": last_first}
+    for name, run in runs.items():
+        build(str(tmp_path / "in"), open_store(str(tmp_path / name)), options, run=run)
+    names = open_store(str(tmp_path / "a")).names()
+    assert len(names) > 8
+    for name in names:
+        assert len({(tmp_path / run / name).read_bytes() for run in runs}) == 1, name
+
+
 def test_an_interrupted_build_with_options_is_resumed(tmp_path: Path) -> None:
     path = parquet_file(tmp_path / "x.parquet", a=[[i, i + 1] for i in range(12)], b=list(range(12)))
     options = BuildOptions(shard_bytes=2000, source=SourceOptions(fields=parse_fields(label="a", keep="b")))
