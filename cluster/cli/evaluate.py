@@ -320,11 +320,11 @@ def knn(
     """
     from cluster.runtime.task_pool import task_pool
     from trainer.evaluate.features import extract_features
-    from trainer.labels.labels import check_datasets
+    from trainer.labels.labels import check_val
 
     template = _make_template(run, step, **options)
     bank, queries = _open_data(data, template), _open_data(val, template)
-    check_datasets(bank, queries)
+    check_val(bank, queries)
     features_and_labels = []
     with task_pool(tasks, runs_model=True) as run_tasks:
         for name, dataset in (("reference images", bank), ("query images", queries)):
@@ -373,11 +373,12 @@ def _as_tensors(tables: list[Any], dataset: Dataset) -> tuple[Any, Any]:
 
     from trainer.evaluate.accuracy import has_unlabelled
     from trainer.evaluate.features import labels_from_column
+    from trainer.labels.labels import REMEDY
 
     column = pa.chunked_array([chunk for table in tables for chunk in table["label"].chunks])
     labels = labels_from_column(column, dataset.manifest.labels, len(dataset.manifest.classes))
     if has_unlabelled(labels):
-        raise UserError(f"{dataset.store.url} has samples without a label, which knn needs")
+        raise UserError(f"{dataset.store.url} has samples without a label, which knn needs: {REMEDY}")
     columns = [table["feature"].combine_chunks() for table in tables]
     vectors = [column.flatten().to_numpy().reshape(len(column), -1) for column in columns]
     return torch.from_numpy(np.concatenate(vectors)), labels

@@ -41,7 +41,7 @@ from pipeline.storage.store import open_store
 from pipeline.text import plural
 from trainer.config.recipe import CONFIG_TYPES
 from trainer.config.schema import FinetuneConfig, LabelledRunConfig, PretrainConfig, RunConfig, WorkersConfig
-from trainer.labels.labels import check_datasets, labels_of_run
+from trainer.labels.labels import check_val, labels_of_run, measure_labels
 from trainer.models.pixels import check_pixels, describe_normalisation
 from trainer.run.checkpoint import newest_checkpoint
 from trainer.run.events import Events
@@ -119,13 +119,13 @@ def _open(out: str, config: RunConfig, dataset: Dataset) -> tuple[RunConfig, Run
     val = None
     if isinstance(config, LabelledRunConfig):
         val = open_dataset(config.data.val) if config.data.val else None
-        labels = None if run.attempt == 1 else labels_of_run(run.store, dataset)
-        labels = check_datasets(dataset, val, labels)
+        labels = measure_labels(dataset) if run.attempt == 1 else labels_of_run(run.store, dataset)
+        check_val(dataset, val)
         if isinstance(config, FinetuneConfig):
             check_mixing(config, labels)
     if isinstance(config, PretrainConfig) and config.knn:
         val = open_dataset(config.knn.val)
-        check_datasets(dataset, val)
+        check_val(dataset, val)
     if val is not None:
         check_pixels(config.model, val)
     return config, run

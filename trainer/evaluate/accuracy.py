@@ -110,7 +110,8 @@ def check_labels(labels: torch.Tensor) -> None:
     """Raise UserError if a sample has no label. Labels of a batch, on the CPU: reading from a device would wait for it."""
     if has_unlabelled(labels):
         raise UserError(
-            "the dataset has samples without a label: remove them, and build or index the dataset again"
+            "the dataset has samples without a label: `maestream shards view SRC DEST --where 'label is not null'` makes one "
+            "without them"
         )
 
 

@@ -16,7 +16,7 @@ from trainer.config.schema import PretrainConfig
 from trainer.evaluate.accuracy import check_labels
 from trainer.evaluate.knn import knn_means, knn_votes
 from trainer.evaluate.reconstruct import evenly_spaced_ids
-from trainer.labels.labels import check_datasets
+from trainer.labels.labels import check_val
 from trainer.labels.scores import mean_average_precision, r2_and_mae
 from trainer.models.classifier import Encoder
 from trainer.weights.init import ENCODER_PREFIXES
@@ -36,7 +36,7 @@ class OnlineKnn:
         assert config.knn is not None
         self.config = config
         self.queries = open_dataset(config.knn.val, already_reached=True)
-        check_datasets(dataset, self.queries)
+        check_val(dataset, self.queries)
         # Opened again, because the thread needs an index cache of its own.
         self.reference = open_dataset(dataset.store.url, already_reached=True)
         self.query_ids = evenly_spaced_ids(self.queries, config.knn.asked)

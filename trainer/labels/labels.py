@@ -26,7 +26,7 @@ KIND_NAMES: dict[LabelKind, str] = {
     "numbers": "numbers",
 }
 NOUNS: dict[LabelKind, str] = {"class": "classes", "classes": "classes", "numbers": "numbers per image"}
-REMEDY = "remove such samples, and build or index the dataset again"
+REMEDY = "`maestream shards view SRC DEST --where 'label is not null'` makes a dataset without such samples"
 
 
 class Labels(BaseModel):
@@ -41,34 +41,45 @@ class Labels(BaseModel):
 
     def standardise(self, numbers: torch.Tensor) -> torch.Tensor:
         """Return (number − mean) / deviation, float64[n, k], of float[n, k]."""
-        mean, deviation = self._scales(numbers.device)
+        mean, deviation = _scales(self, numbers.device)
         return (numbers.double() - mean) / deviation
 
     def in_units(self, outputs: torch.Tensor) -> torch.Tensor:
         """Return outputs of a head in training, float[n, k], in original units. Those for classes stay as they are."""
         if self.kind != "numbers":
             return outputs
-        mean, deviation = self._scales(outputs.device)
+        mean, deviation = _scales(self, outputs.device)
         return (outputs.double() * deviation + mean).to(outputs.dtype)
 
     def head_in_units(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return weight [k, width] and bias [k] of the head that predicts in original units. Those for classes stay."""
         if self.kind != "numbers":
             return weight, bias
-        mean, deviation = self._scales(bias.device)
+        mean, deviation = _scales(self, bias.device)
         return (
             (weight.double() * deviation[:, None]).to(weight.dtype),
             (bias.double() * deviation + mean).to(bias.dtype),
         )
 
-    def _scales(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        return (
-            torch.tensor(self.mean, dtype=torch.float64, device=device),
-            torch.tensor(self.deviation, dtype=torch.float64, device=device),
-        )
+
+@functools.lru_cache(maxsize=4)  # a copy to a GPU in each step would wait for it
+def _scales(labels: Labels, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and deviation of numbers, float64[k] on a device."""
+    return (
+        torch.tensor(labels.mean, dtype=torch.float64, device=device),
+        torch.tensor(labels.deviation, dtype=torch.float64, device=device),
+    )
 
 
 # ---- of a dataset
+
+
+def unmeasured_labels(dataset: Dataset) -> Labels:
+    """Return what labels are, without mean and deviation of numbers. UserError if there are no labels."""
+    manifest = dataset.manifest
+    if not manifest.classes:
+        raise UserError(f"{dataset.store.url} has no labels: build it from class folders")
+    return Labels(kind=manifest.labels, outputs=len(manifest.classes))
 
 
 @functools.lru_cache(maxsize=1)  # a command asks more than once for the same opened dataset
@@ -77,12 +88,10 @@ def measure_labels(dataset: Dataset) -> Labels:
 
     Raises UserError if there are no labels or, for numbers, if one is missing or not finite, or all are equal.
     """
-    manifest = dataset.manifest
-    if not manifest.classes:
-        raise UserError(f"{dataset.store.url} has no labels: build it from class folders")
-    if manifest.labels != "numbers":
-        return Labels(kind=manifest.labels, outputs=len(manifest.classes))
-    count, mean = 0, np.zeros(len(manifest.classes))
+    labels = unmeasured_labels(dataset)
+    if labels.kind != "numbers":
+        return labels
+    count, mean = 0, np.zeros(labels.outputs)
     squares = np.zeros_like(mean)  # sums of squared differences from the mean
     for numbers in known_labels(dataset):
         values, total = numbers.astype(np.float64), count + len(numbers)
@@ -108,9 +117,9 @@ def known_labels(dataset: Dataset) -> Iterator[npt.NDArray[np.float32]]:
         labels = dataset.labels(dataset.locate(np.arange(first, last)).row)
         if (wrong := np.flatnonzero(~np.isfinite(labels).all(axis=1))).size:
             (key,) = dataset.keys([first + int(wrong[0])])
-            infinite = np.isinf(labels[wrong[0]]).any()
-            what = "a label that is not finite" if infinite else "no label, or one with a missing number"
-            raise UserError(f"{dataset.store.url}: sample {key} has {what}: {REMEDY}")
+            if np.isinf(labels[wrong[0]]).any():
+                raise UserError(f"{dataset.store.url}: the label of sample {key} is not finite: correct it")
+            raise UserError(f"{dataset.store.url}: sample {key} has no label: {REMEDY}")
         yield labels
 
 
@@ -144,17 +153,13 @@ def check_evaluable(val: Dataset, labels: Labels) -> None:
         raise UserError(f"{val.store.url}: no image has any class, so mAP is not defined")
 
 
-def check_datasets(dataset: Dataset, val: Dataset | None, labels: Labels | None = None) -> Labels:
-    """Return the labels of a training dataset, `labels` if they were measured before.
-
-    Raises UserError if it has none, or if the validation dataset has another kind of labels, other classes, or others that
-    cannot be evaluated.
-    """
-    labels = labels or measure_labels(dataset)
+def check_val(dataset: Dataset, val: Dataset | None) -> None:
+    """Raise UserError if a validation dataset has another kind of labels than the training dataset, other classes, or labels
+    that cannot be evaluated; or if the training dataset has no labels."""
+    labels = unmeasured_labels(dataset)
     if val is not None:
         check_same_labels(dataset, val)
         check_evaluable(val, labels)
-    return labels
 
 
 # ---- of a run

@@ -23,7 +23,7 @@ from pipeline.storage.store import Store
 from trainer.config.device import best_device
 from trainer.config.recipe import CONFIG_TYPES, fixed_values, with_overrides
 from trainer.config.schema import InitConfig, PretrainConfig, RunConfig
-from trainer.labels.labels import KIND_NAMES, check_datasets
+from trainer.labels.labels import KIND_NAMES, check_val
 from trainer.run.metrics import read_metrics
 from trainer.run.run import LEASE, create_run, open_run
 from trainer.run.worker import Callbacks, Worker
@@ -138,7 +138,7 @@ def prepare_study(
             f"a study compares top-1 accuracies with the paper's, but the labels of {dataset.store.url} are "
             f"{KIND_NAMES[kind]}: use `maestream finetune` or `maestream linprobe`"
         )
-    check_datasets(dataset, val)
+    check_val(dataset, val)
     encoders = {task: config.model.encoder for task, config in recipes.items()}
     for task, encoder in encoders.items():
         if encoder != encoders["pretrain"]:

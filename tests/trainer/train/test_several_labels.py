@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from sklearn.metrics import average_precision_score, mean_absolute_error, r2_sco
 from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.dataset.manifest import LabelKind
 from pipeline.decode.factory import make_decoder
+from pipeline.errors import UserError
 from pipeline.loading.loader import centred_batch
 from pipeline.storage.store import open_store
 from tests.support.data.labelled import labelled_dataset
@@ -21,8 +23,8 @@ from tests.support.training.label_runs import KINDS, config_of
 from tests.support.training.small_runs import request_after, weights
 from trainer.evaluate.features import predict_shard
 from trainer.evaluate.inference_shard import InferenceShard
-from trainer.evaluate.predictions import score
-from trainer.labels.labels import LABELS, read_labels
+from trainer.evaluate.predictions import Predictions, score
+from trainer.labels.labels import LABELS, Labels, read_labels
 from trainer.run.metrics import read_metrics
 from trainer.run.run import create_run, open_run
 from trainer.run.stop_vote import StopRequest
@@ -87,6 +89,46 @@ def test_world_size_changes_nothing(
     assert {name for name in rows[0] if name.startswith("val_")} == {*measured, "val_bad"}
     for name in measured:
         assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-9), name
+
+
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_a_sample_without_a_label_stops_training(kind: LabelKind, tmp_path: Path) -> None:
+    dataset = labelled_dataset(tmp_path / "data", kind, samples=16, missing=1)
+    with pytest.raises(UserError, match=r"(no|without a) label: `maestream shards view SRC DEST"):
+        train("finetune", dataset, tmp_path / "run")
+
+
+SCORED: tuple[tuple[LabelKind, int], ...] = (("classes", 3), ("classes", 37), ("numbers", 3), ("numbers", 37))
+
+
+def score_part(rank: int, world_size: int, kind: LabelKind, samples: int) -> dict[str, float]:
+    """Scores of 70 classes or numbers, of which each rank knows the outputs of its own samples."""
+    rng = np.random.default_rng(samples)
+    outputs = rng.normal(size=(samples, 70)).round(1)
+    truth = (
+        (rng.random((samples, 70)) < 0.2).astype(np.float32) if kind == "classes" else outputs + rng.random()
+    )
+    readable = np.arange(samples) % 7 != 2
+    rows = np.array_split(np.arange(samples), world_size)[rank]
+    own = Predictions(*(torch.from_numpy(values[rows]) for values in (outputs, truth, readable)))
+    labels = Labels(kind=kind, outputs=70, mean=(0.0,) * 70, deviation=(2.0,) * 70)
+    dataset: Any = SimpleNamespace(samples=samples, store=SimpleNamespace(url="shards/val"))
+    return score(own, labels, dataset, Worker(rank, world_size))
+
+
+def _score(rank: int, world_size: int, folder: str) -> None:
+    with gloo_group(f"{folder}/rendezvous-{world_size}", rank, world_size):
+        found = [score_part(rank, world_size, kind, samples) for kind, samples in SCORED]
+        Path(folder, f"{world_size}-{rank}.json").write_text(json.dumps(found))
+
+
+def test_scores_are_equal_at_any_world_size(tmp_path: Path) -> None:
+    """Also on ranks that have no samples, and with samples that cannot be read."""
+    alone = [score_part(0, 1, kind, samples) for kind, samples in SCORED]
+    for world_size in (2, 5):
+        run_workers(_score, world_size, str(tmp_path))
+        for rank in range(world_size):
+            assert json.loads((tmp_path / f"{world_size}-{rank}.json").read_text()) == alone
 
 
 @pytest.mark.parametrize("kind", SEVERAL)
