@@ -134,7 +134,7 @@ def check_same_labels(dataset: Dataset, val: Dataset) -> None:
     if theirs.classes != ours.classes:
         raise UserError(
             f"{val.store.url} and {dataset.store.url} have different {NOUNS[ours.labels]} ({len(theirs.classes):,} and "
-            f"{len(ours.classes):,})"
+            f"{len(ours.classes):,}): two views of one dataset (`maestream shards view`) have the same"
         )
 
 
