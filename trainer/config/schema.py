@@ -67,7 +67,7 @@ class DataConfig(StrictConfig):
     flips: bool = True
     """Whether images are flipped horizontally with probability one half."""
     decoder: DecoderName = "auto"
-    """JPEG and PNG decoder: cpu, dali, or auto, which takes the one that suits the machine."""
+    """Decoder of images: cpu, dali, or auto, which takes the one that suits the machine."""
     threads: Count | None = None
     """Decoder threads per worker. Default: the worker's share of the machine's cores."""
     normalise: Literal["dataset", "imagenet"] | NormaliseConfig | None = None

@@ -1,9 +1,11 @@
 """Images of every format through build, index and verify, and the type of pixels that the dataset gets."""
 
 import io
+import json
 import tarfile
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import pytest
 from PIL import Image
@@ -18,10 +20,12 @@ from pipeline.decode.factory import make_decoder
 from pipeline.errors import UserError
 from pipeline.images.formats import EXTENSIONS, read_pixels
 from pipeline.images.pixels import RGB, Pixels
+from pipeline.loading.crops import CENTRE, centre_crops
 from pipeline.loading.loader import centred_batch
 from pipeline.storage.store import open_store
 from tests.support.data.formats import deep, files, npy, rgb8, tiff
 from tests.support.data.odd_images import picture, png, saved
+from tests.support.datasets import IMAGENET_SAMPLE
 
 EXTENSION = {format: extension for extension, format in EXTENSIONS.items()}
 TWELVE = deep(rgb8()) >> 4
@@ -114,8 +118,6 @@ def test_every_format_through_build_index_and_verify_gives_the_same_crops(
 
 
 def centre_box() -> tuple[int, int, int, int]:
-    from pipeline.loading.crops import CENTRE, centre_crops
-
     return tuple(centre_crops(np.array([203]), np.array([301]), CENTRE, 1.0)[0].tolist())
 
 
@@ -287,3 +289,33 @@ def test_a_file_beside_the_image_that_is_none_is_ignored(tmp_path: Path) -> None
     assert dataset.samples == 1
     with pytest.raises(UserError, match=r"b\.npy: the array's shape is 768"):
         indexed(tmp_path / "b", images | {"b.npy": npy(np.zeros(768))})
+
+
+@pytest.mark.skipif(not IMAGENET_SAMPLE, reason="needs photographs: MAESTREAM_IMAGENET_SAMPLE")
+def test_photographs_as_webp_in_img2datasets_layout_are_read(tmp_path: Path) -> None:
+    """00000.tar with 000000000.webp, .json and .txt: no bad sample, and crops close to those of the JPEGs."""
+    photographs = [path.read_bytes() for path in sorted(Path(IMAGENET_SAMPLE or "").rglob("*.JPEG"))[:200:10]]
+    pixels = [read_pixels(data) for data in photographs]
+    files: dict[str, bytes] = {}
+    for i, image in enumerate(pixels):
+        rgb = np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image
+        description = {
+            "caption": "a photograph",
+            "key": f"{i:09d}",
+            "status": "success",
+            "width": image.shape[1],
+        }
+        files |= {
+            f"{i:09d}.webp": imagecodecs.webp_encode(rgb, level=90, lossless=False),
+            f"{i:09d}.json": json.dumps(description).encode(),
+            f"{i:09d}.txt": b"a photograph",
+        }
+    dataset, _ = indexed(tmp_path, files)
+    assert (dataset.samples, dataset.manifest.pixels) == (len(photographs), RGB)
+    assert verify(dataset) == []
+    for name in ("cpu", "dali"):
+        crops = decoded(dataset, name)
+        for i, (data, image) in enumerate(zip(photographs, pixels, strict=True)):
+            box = centre_crops(np.array(image.shape[:1]), np.array(image.shape[1:2]), CENTRE, 1.0)
+            jpeg = make_decoder("cpu", 32, 1)([data], box, np.zeros(1, bool)).images[0].double().numpy()
+            assert abs(crops[f"{i:09d}"] - jpeg).mean() < 3

@@ -1,5 +1,6 @@
 """Every format gives the picture's pixels, and its header tells the same type."""
 
+import imagecodecs
 import numpy as np
 import pytest
 import tifffile
@@ -130,6 +131,17 @@ def test_a_header_far_behind_the_first_bytes_is_found_without_reading_the_image(
 
     assert image_info(read, len(moved)).width == 2000
     assert sum(reads) < 300_000
+
+
+def test_floats_and_bands_of_jpeg_xl_and_jpeg_2000() -> None:
+    values = np.random.default_rng(0).random((20, 30, 3), np.float32)
+    data = imagecodecs.jpegxl_encode(values, lossless=True)
+    assert (read_pixels(data) == values).all()
+    assert (info_of(data).dtype, info_of(data).channels) == ("float32", 3)
+    bands = np.random.default_rng(0).integers(0, 65536, (64, 80, 5), np.uint16)
+    data = imagecodecs.jpeg2k_encode(bands)
+    assert (read_pixels(data) == bands).all()
+    assert (info_of(data).dtype, info_of(data).channels) == ("uint16", 5)
 
 
 def test_png_of_16_bits_keeps_them() -> None:
