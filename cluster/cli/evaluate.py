@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
-from cluster.cli.options import image_size_option, step_option
+from cluster.cli.options import anonymous_option, image_size_option, step_option
 from cluster.terminal.console import console, progress_counter
 from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.errors import UserError
@@ -135,6 +135,7 @@ def _split(dataset: Dataset, template: InferenceShard, samples: int) -> Iterator
 @crop_option
 @batch_option
 @tasks_option
+@anonymous_option("data", "the dataset of --data")
 def evaluate(run: str, data: str, step: int | None, tasks: int | None, **options: Any) -> None:
     """Measure a model on a dataset with labels.
 
@@ -218,6 +219,7 @@ def _measure_predictions(
 @crop_option
 @batch_option
 @tasks_option
+@anonymous_option("data", "the dataset of --data")
 def features(run: str, data: str, out: str, step: int | None, tasks: int | None, **options: Any) -> None:
     """Write an encoder's features of all images to Parquet files.
 

@@ -1,10 +1,13 @@
 """Options that several commands share."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import click
 
 from pipeline.errors import UserError
+from pipeline.storage.file_systems import anonymous_url
 
 OVERRIDES = (
     "key=value arguments override keys of the recipe, for example epochs=100 or model.decoder_depth=4."
@@ -15,8 +18,30 @@ TRAINING = (
 )
 
 
+def anonymous_option(parameter: str, what: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add --anonymous, with which the URL in a parameter of the command is read without credentials.
+
+    Args:
+        parameter: name of the parameter.
+        what: how the command's help calls it.
+    """
+
+    def add(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def run(*arguments: Any, anonymous: bool, **options: Any) -> None:
+            if anonymous:
+                options[parameter] = anonymous_url(options[parameter])
+            command(*arguments, **options)
+
+        text = f"Read {what} without credentials: an s3:// or gs:// bucket that is open to everyone."
+        return click.option("--anonymous", is_flag=True, help=text)(run)
+
+    return add
+
+
 def training_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options of the commands that train, or prepare training."""
+    command = anonymous_option("data", "the dataset of --data")(command)
     for option in reversed(
         (
             click.option(

@@ -15,6 +15,7 @@ import ray.exceptions
 from ray.job_config import JobConfig
 
 from pipeline.errors import UserError
+from pipeline.storage.file_systems import SETTINGS
 
 ROOT = Path(__file__).parents[2]  # the folder that contains our packages
 START_TIMEOUT = "timed out during startup"  # in the text of a plain Exception of `ray.init`
@@ -50,10 +51,12 @@ def connect(cores: int, environment: dict[str, str] | None = None) -> None:
     Raises:
         UserError: if no cluster is reachable at RAY_ADDRESS, or Ray did not start within its time limit.
     """
+    # How to talk to S3 is the same on all machines. Keys are not passed on: every user of a cluster could read them.
+    settings = {name: os.environ[name] for name in SETTINGS if name in os.environ}
     options: dict[str, Any] = {
         "log_to_driver": False,
         "logging_level": logging.ERROR,
-        "runtime_env": {"env_vars": environment or {}},
+        "runtime_env": {"env_vars": settings | (environment or {})},
     }
     address = os.environ.get("RAY_ADDRESS")
     if address:

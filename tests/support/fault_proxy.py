@@ -47,6 +47,7 @@ class FaultProxy:
     share: float = 0.0  # of requests that get a fault
     faults: Sequence[Fault] = ()  # chosen at random
     latency_s: float = 0.0  # added to each request
+    refused_header: bytes = b""  # beginning of the name of a header: a request with it is answered with 501
     requests: list[str] = field(default_factory=list)  # first lines
     injected: int = 0  # requests that got a fault
     connections: set[asyncio.StreamWriter] = field(default_factory=set)
@@ -102,6 +103,8 @@ class FaultProxy:
         fault = self.rng.choice(self.faults) if self.rng.random() < self.share else None
         if callable(fault):
             fault = fault(first_line)
+        if self.refused_header and b"\r\n" + self.refused_header in request.lower():
+            fault = s3_error("501 Not Implemented", "NotImplemented")
         self.injected += fault is not None
         await asyncio.sleep(self.latency_s)
         if isinstance(fault, bytes):

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cluster.cli.options import anonymous_option
 from cluster.cli.shards.common import bits_option, fields_options, summary
 from cluster.terminal.console import BuildProgress, console
 from pipeline.dataset.dataset import open_dataset
@@ -106,6 +107,7 @@ SEED = click.IntRange(min=0, max=2**31 - 1)
     "--strict", is_flag=True, help="Stop at the first image that cannot be read, instead of leaving it out."
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing dataset in DEST.")
+@anonymous_option("source", "SOURCE")
 def build(source: str, dest: str, **options: Any) -> None:
     """Build a dataset of WebDataset shards from images.
 

@@ -2,6 +2,7 @@
 
 import click
 
+from cluster.cli.options import anonymous_option
 from cluster.cli.shards.common import NO_CHECKSUMS, bits_option, summary
 from cluster.terminal.console import console, progress_bar
 from pipeline.dataset.manifest import LabelKind
@@ -28,6 +29,7 @@ from pipeline.text import plural
 @bits_option
 @click.option("--skip-damaged", is_flag=True, help="Skip damaged samples and list them, instead of stopping.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing index and manifest.")
+@anonymous_option("dest", "the tars in FOLDER")
 def index(
     dest: str,
     to: str | None,

@@ -6,6 +6,7 @@ import click
 import numpy as np
 from rich.table import Table
 
+from cluster.cli.options import anonymous_option
 from cluster.cli.shards.common import NO_CHECKSUMS, labels_summary
 from cluster.terminal.console import console, write_file
 from pipeline.dataset.dataset import Dataset, open_dataset
@@ -27,6 +28,7 @@ BUILT_LABELS = {"bytes": "image bytes", "build": "build id", "odd": "other forma
     type=click.Path(dir_okay=False, writable=True),
     help="Write histograms of the image sizes to this PNG file.",
 )
+@anonymous_option("dest", "DATASET")
 def show(dest: str, grid: str | None, sizes: str | None) -> None:
     """Show counts, sizes and classes of a dataset."""
     dataset = open_dataset(dest)

@@ -4,6 +4,7 @@ import sys
 
 import click
 
+from cluster.cli.options import anonymous_option
 from cluster.cli.shards.common import NO_CHECKSUMS
 from cluster.terminal.console import console, progress_bar
 from pipeline.dataset.dataset import open_dataset
@@ -23,6 +24,7 @@ from pipeline.text import plural
     metavar="N",
     help="Number of shards to read in parallel.  [default: number of CPU cores]",
 )
+@anonymous_option("dest", "DATASET")
 def verify(dest: str, repair: bool, tasks: int | None) -> None:
     """Verify a dataset: read every byte, decode every image.
 

@@ -2,6 +2,7 @@
 
 import click
 
+from cluster.cli.options import anonymous_option
 from cluster.cli.shards.common import summary
 from cluster.terminal.console import console, progress_bar
 from pipeline.dataset.dataset import open_dataset
@@ -38,6 +39,7 @@ MAX_PRINTED = 3  # keys that were not found; the rest is counted
     help="Seed of --fraction. With the same seed, a smaller fraction is a part of a larger one.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace a view in DEST.")
+@anonymous_option("source", "SRC")
 def view(
     source: str,
     dest: str,

@@ -57,3 +57,16 @@ def test_training_says_that_ray_starts(
     with pytest.raises(UserError, match="Ray did not start"):
         train(config_of(workers={"min": 1, "max": 4}), scenes.store.url, str(tmp_path / "run"), console)
     assert console.file.getvalue().splitlines()[1:] == ["starting Ray and 1 to 4 workers …"]
+
+
+def test_how_to_talk_to_s3_reaches_all_machines_but_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: dict[str, Any] = {}
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", lambda **options: started.update(options))
+    monkeypatch.setenv("AWS_REQUEST_PAYER", "requester")
+    monkeypatch.setenv("AWS_NO_SIGN_REQUEST", "YES")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    connect(1, {"A": "1"})
+    found = started["runtime_env"]["env_vars"]
+    assert found.items() >= {"AWS_REQUEST_PAYER": "requester", "AWS_NO_SIGN_REQUEST": "YES", "A": "1"}.items()
+    assert "secret" not in found.values()
