@@ -24,10 +24,10 @@ from pipeline.errors import UserError
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="maestream")
 def cli() -> None:
-    """Pre-train Masked Autoencoders (MAE) from WebDataset shards in a local folder or an S3 bucket, and evaluate them.
+    """Pre-train Masked Autoencoders (MAE) from WebDataset shards in a local folder or a bucket, and evaluate them.
 
-    Datasets, runs and output files may be local paths or s3://bucket/prefix. The S3 endpoint and keys come from the usual
-    AWS variables (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, …).
+    Datasets, runs and output files may be local paths or URLs: s3://bucket/prefix, gs://, az://, or, to read, hf://datasets/USER/NAME.
+    The S3 endpoint and keys come from the usual AWS variables (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, …).
     """
 
 
