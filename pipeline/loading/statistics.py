@@ -18,7 +18,7 @@ from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.dataset.statistics import SCALES, Statistics
 from pipeline.errors import UserError, why_undecodable
 from pipeline.hashing import hash64
-from pipeline.images.convert import convert, significant_bits
+from pipeline.images.convert import LUMA, convert, significant_bits
 from pipeline.images.formats import read_pixels
 from pipeline.images.pixels import Pixels
 from pipeline.loading.readahead import read_samples
@@ -32,7 +32,6 @@ BLOCK_PIXELS = (
     1 << 20
 )  # pixels summed at a time; sums of squares of 16-bit pixels stay below 2^53, so float64 holds them exactly
 HASHED = 1 << 22  # sample ids that are hashed at a time
-LUMA = np.array([0.299, 0.587, 0.114])  # of grey (ITU-R BT.601), as Pillow and libjpeg convert
 Array = npt.NDArray[Any]
 
 
@@ -53,13 +52,11 @@ class Moments:
         self.squares += squares + distance * distance * self.count * count / total
         self.count = total
 
-    def add_values(self, values: Array) -> int:
-        """Add values, float64[n], except NaN and infinite ones. Returns the number of these."""
-        finite = values[np.isfinite(values)]
-        if len(finite):
-            mean = float(finite.mean())
-            self.add(len(finite), mean, float(np.square(finite - mean).sum()))
-        return len(values) - len(finite)
+    def add_values(self, values: Array) -> None:
+        """Add values, float64[n]."""
+        if len(values):
+            mean = float(values.mean())
+            self.add(len(values), mean, float(np.square(values - mean).sum()))
 
     @property
     def std(self) -> float:
@@ -74,12 +71,11 @@ class ExactMoments:
     total: int = 0
     squares: int = 0
 
-    def add_values(self, values: Array) -> int:
-        """Add at most BLOCK_PIXELS integers below 2^16, as float64[n]. Returns 0."""
+    def add_values(self, values: Array) -> None:
+        """Add at most BLOCK_PIXELS integers below 2^16, as float64[n]."""
         self.count += len(values)
         self.total += int(values.sum())
         self.squares += int(values @ values)
-        return 0
 
     def moments(self) -> Moments:
         # Division of Python's integers is correctly rounded.
@@ -106,17 +102,15 @@ class JobResult:
     grey: Moments = field(default_factory=Moments)
     images: int = 0
     pixels: int = 0
-    not_finite: int = 0  # values that are NaN or infinite, which are left out
     bad: list[str] = field(default_factory=list)  # images that cannot be read, which are left out
 
 
 @dataclass(frozen=True)
 class StatisticsResult:
-    """Statistics, and what was left out of them."""
+    """Statistics, and the images that cannot be read, which are left out."""
 
     statistics: Statistics
     bad: list[str]
-    not_finite: int
 
 
 def compute_statistics(
@@ -153,8 +147,6 @@ def compute_statistics(
         raise UserError(f"{dataset.store.url}: none of {plural(len(ids), 'image')} can be read ({bad[0]})")
     pixels = dataset.manifest.pixels
     moments = _add_up(results, pixels.dtype != "float32")
-    if empty := [number for number, channel in enumerate(moments, 1) if not channel.count]:
-        raise UserError(f"{dataset.store.url}: channel {empty[0]} has no finite value")
     grey = Moments()
     for result in results:
         grey.add(result.grey.count, result.grey.mean, result.grey.squares)
@@ -170,7 +162,7 @@ def compute_statistics(
         samples=None if whole else samples,
         seed=None if whole else seed,
     )
-    return StatisticsResult(statistics, bad, sum(result.not_finite for result in results))
+    return StatisticsResult(statistics, bad)
 
 
 def sample_ids(total: int, samples: int, seed: int) -> Ints:
@@ -227,9 +219,9 @@ def _add_image(result: JobResult, image: Array) -> None:
     for first in range(0, len(flat), BLOCK_PIXELS):
         block = flat[first : first + BLOCK_PIXELS].astype(np.float64)
         for channel, moments in enumerate(channels):
-            result.not_finite += moments.add_values(np.ascontiguousarray(block[:, channel]))
+            moments.add_values(np.ascontiguousarray(block[:, channel]))
         if block.shape[1] == 3:
-            result.grey.add_values(block @ LUMA)
+            result.grey.add_values(block @ (np.array(LUMA) / 65536))
     result.images += 1
     result.pixels += len(flat)
 

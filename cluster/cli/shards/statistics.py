@@ -50,11 +50,6 @@ def statistics(dest: str, samples: int | None, seed: int, tasks: int | None) -> 
         console.print(f"skipped {line}", style="yellow")
     if len(result.bad) > MAX_PRINTED:
         console.print(f"… and {len(result.bad) - MAX_PRINTED:,} more", style="yellow")
-    if result.not_finite:
-        console.print(
-            f"{plural(result.not_finite, 'value')} of pixels left out: not a number, or infinite",
-            style="yellow",
-        )
     found = result.statistics
     write_statistics(dataset, found)
     console.print(f"{'channel':>7}  {'mean':>10}  {'std':>10}")
