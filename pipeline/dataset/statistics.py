@@ -12,6 +12,7 @@ from pipeline.dataset.dataset import Dataset
 from pipeline.errors import UserError
 
 STATISTICS = "statistics.json"
+MAX_SHOWN = 4  # channels whose values are printed on one line
 SCALES = {"uint8": 255, "uint16": 65535, "float32": 1}  # pixels are divided by it
 
 
@@ -41,6 +42,12 @@ class Statistics(BaseModel):
         return (
             f"all {self.images:,} images" if self.samples is None else f"a sample of {self.images:,} images"
         )
+
+
+def format_values(values: tuple[float, ...]) -> str:
+    """Write the values of the first MAX_SHOWN channels: "0.485 0.456 0.406"."""
+    text = " ".join(f"{value:.4g}" for value in values[:MAX_SHOWN])
+    return text + (f" … ({len(values)} channels)" if len(values) > MAX_SHOWN else "")
 
 
 def write_statistics(dataset: Dataset, statistics: Statistics) -> None:

@@ -7,7 +7,7 @@ Both are decided when a run first starts, and stored in its config (`model.pixel
 from typing import cast
 
 from pipeline.dataset.dataset import Dataset
-from pipeline.dataset.statistics import read_statistics
+from pipeline.dataset.statistics import format_values, read_statistics
 from pipeline.errors import UserError
 from pipeline.images.pixels import RGB, Pixels
 from pipeline.text import plural
@@ -15,8 +15,6 @@ from trainer.config.model_schema import EncoderConfig
 from trainer.config.recipe import ConfigT, parse_config
 from trainer.config.schema import NormaliseConfig
 from trainer.models.vit import pixel_statistics
-
-MAX_SHOWN = 4  # channels whose values are printed
 
 
 def resolve_pixels(config: ConfigT, dataset: Dataset, initial: EncoderConfig | None = None) -> ConfigT:
@@ -94,7 +92,8 @@ def _dataset_values(dataset: Dataset, channels: int) -> NormaliseConfig:
     try:
         found = read_statistics(dataset)
     except UserError as error:
-        raise UserError(f"{error}, or set data.normalise to imagenet or {{mean: […], std: […]}}") from None
+        choices = "imagenet or {mean: […], std: […]}" if channels == 3 else "{mean: […], std: […]}"
+        raise UserError(f"{error}, or set data.normalise={choices}") from None
     mean, std = found.mean, found.std
     if channels == 1 and len(mean) == 3:
         assert found.grey is not None
@@ -120,9 +119,4 @@ def describe_normalisation(model: EncoderConfig) -> str:
         return f"normalise: {what[model.pixel_dtype]}, without mean and standard deviation"
     else:
         name = ""
-    return f"normalise: {what[model.pixel_dtype]} by {name}mean {_shown(mean)} and standard deviation {_shown(std)}"
-
-
-def _shown(values: tuple[float, ...]) -> str:
-    text = " ".join(f"{value:.4g}" for value in values[:MAX_SHOWN])
-    return text + (f" … ({len(values)} channels)" if len(values) > MAX_SHOWN else "")
+    return f"normalise: {what[model.pixel_dtype]} by {name}mean {format_values(mean)} and standard deviation {format_values(std)}"

@@ -11,6 +11,8 @@ from cluster.cli.shards.common import NO_CHECKSUMS, labels_summary
 from cluster.terminal.console import console, write_file
 from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.dataset.manifest import Manifest
+from pipeline.dataset.statistics import format_values, read_statistics
+from pipeline.errors import UserError
 from pipeline.text import plural
 
 BUILT_LABELS = {"bytes": "image bytes", "build": "build id", "odd": "other formats"}
@@ -43,6 +45,7 @@ def show(dest: str, grid: str | None, sizes: str | None) -> None:
         "samples": f"{manifest.samples:,}",
         "shards": f"{manifest.shards:,}, {shard_mib.min():.1f} to {shard_mib.max():.1f} MiB",
         "images": f"{manifest.image_bytes / 2**20:,.1f} MiB, {dataset.mean_sample_bytes / 1000:.1f} kB on average",
+        **_pixels(dataset),
         **_labels(manifest),
         **({"tars": manifest.shards_url} if manifest.shards_url else {}),
         **({"parts": _format_parts(dataset)} if manifest.parts else {}),
@@ -82,6 +85,19 @@ def _labels(manifest: Manifest) -> dict[str, str]:
         "classes": classes,
         **({"labels": "any number of classes for each image"} if manifest.labels == "classes" else {}),
     }
+
+
+def _pixels(dataset: Dataset) -> dict[str, str]:
+    """Return the rows of the table on the images' pixels and their statistics."""
+    pixels = dataset.manifest.pixels
+    bits = f", {pixels.bits} bits" if pixels.dtype == "uint16" else ""
+    rows = {"pixels": f"{plural(pixels.channels, 'channel')}, {pixels.dtype}{bits}"}
+    try:
+        found = read_statistics(dataset)
+    except UserError:
+        return rows
+    mean, std = format_values(found.mean), format_values(found.std)
+    return rows | {"statistics": f"mean {mean}, standard deviation {std}, of {found.source}"}
 
 
 def _format_built(built: dict[str, Any]) -> str:

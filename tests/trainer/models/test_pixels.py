@@ -83,8 +83,10 @@ def test_other_images_need_statistics_and_the_message_says_how(
     channels: int, dtype: str, tmp_path: Path
 ) -> None:
     dataset = images(tmp_path, channels, dtype)
+    others = "imagenet or " if channels == 3 else ""
     with pytest.raises(
-        UserError, match=f"run `maestream shards statistics {tmp_path}`, or set data.normalise"
+        UserError,
+        match=f"run `maestream shards statistics {tmp_path}`, or set data.normalise={others}{{mean: ",
     ):
         resolve_pixels(config(channels), dataset)
     mean, std = tuple(0.1 * k for k in range(channels)), (0.5,) * channels
