@@ -147,6 +147,7 @@ def _open(dataset: Dataset, source: str, scratch: Path, skip_damaged: bool) -> _
         fresh,
         open_store(str(scratch)),
         checksums=ours.checksums,
+        bits=ours.pixels.bits if ours.pixels.bits != 16 else None,
         skip_damaged=skip_damaged,
         kind=ours.labels if ours.classes else None,
     )

@@ -23,8 +23,10 @@ from pipeline.dataset.manifest import (
     write_dataset,
 )
 from pipeline.errors import UserError
+from pipeline.images.pixels import Pixels
 from pipeline.parallel import map_ahead
 from pipeline.storage.store import Store
+from pipeline.text import plural
 from pipeline.views.destination import IndexWriter, check_destination, parts_elsewhere
 
 THREADS = 16  # more than cores, because they mostly wait for small reads
@@ -161,8 +163,8 @@ def check_alike(sources: Sequence[Dataset], first: Dataset) -> None:
             )
         if theirs.pixels != ours.pixels:
             raise UserError(
-                f"{source.store.url} has images of {theirs.pixels.channels} channels ({theirs.pixels.dtype}), but "
-                f"{first.store.url} of {ours.pixels.channels} ({ours.pixels.dtype}): they cannot be mixed; build one of them again"
+                f"{source.store.url} has images of {_describe(theirs.pixels)}, but {first.store.url} of "
+                f"{_describe(ours.pixels)}: they cannot be mixed; make one of them again"
             )
 
 
@@ -261,3 +263,9 @@ def _with_columns(index: pa.Table, kept: pa.Schema) -> pa.Table:
         )
         table = table.append_column(field, values)
     return table
+
+
+def _describe(pixels: Pixels) -> str:
+    """A type of pixels in words."""
+    bits = f", {pixels.bits} of 16 bits (--bits)" if pixels.bits != 16 else ""
+    return f"{plural(pixels.channels, 'channel')} ({pixels.dtype}{bits})"
