@@ -47,6 +47,7 @@ class Conversion:
         None  # significant bits of 16-bit images; None: what their files say or their values use
     )
     allow_truncated: bool = False  # whether to complete JPEGs and PNGs whose end is missing
+    page: int = 1  # of TIFFs, counted from 1
 
     def __str__(self) -> str:
         parts = [
@@ -54,12 +55,13 @@ class Conversion:
             *([f"longer side at most {self.longer_side} pixels"] if self.longer_side else []),
             *(["RGB or greyscale JPEGs only"] if self.rgb_jpeg else []),
             *(["missing ends filled"] if self.allow_truncated else []),
+            *([f"page {self.page} of TIFFs"] if self.page > 1 else []),
         ]
         return f"{', '.join(parts)}; JPEG quality {self.quality}" if parts else "untouched"
 
     def changes(self) -> dict[str, Any]:
         """What the bytes of a build depend on. Options that came later are in it only if they are used."""
-        later = {"bits": self.bits, "allow_truncated": self.allow_truncated}
+        later = {"bits": self.bits, "allow_truncated": self.allow_truncated, "page": self.page - 1}
         return {
             "shorter_side": self.shorter_side,
             "longer_side": self.longer_side,
@@ -127,6 +129,13 @@ def _is_truncated(data: bytes, reason: str) -> bool:
 
 def _check(data: bytes, decode: bool, conversion: Conversion | None) -> CheckedImage:
     format = image_format(data)
+    if format == "TIFF" and conversion and conversion.page > 1:
+        from pipeline.images.tiff import extract_page
+
+        page = extract_page(data, conversion.page)
+        return replace(
+            _check_any(page, decode, conversion), odd=f"TIFF, page {conversion.page}", changed=True
+        )
     is_deep = format == "PNG" and len(data) > 24 and data[24] == 16
     if format in ("JPEG", "PNG") and not is_deep:
         return _check_with_pillow(data, decode, conversion)

@@ -1,6 +1,6 @@
 """Read and write TIFF images. They are read of any kind: tiles or strips, planar or interleaved, compressed or not, any number of bands.
 
-Only the first page is read. tifffile leaves colours as they are stored (except in JPEG compression), so palettes, inverted
+The first page is read, and any page by `extract_page`. tifffile leaves colours as they are stored (except in JPEG compression), so palettes, inverted
 greys, CMYK and YCbCr are converted here.
 """
 
@@ -17,6 +17,7 @@ from PIL import Image
 from tifffile import COMPRESSION, EXTRASAMPLE, PHOTOMETRIC
 
 from pipeline.images.pixels import Dtype
+from pipeline.text import plural
 
 MAX_SAMPLE_VALUE = 281  # the tag
 JPEG = {COMPRESSION.JPEG, COMPRESSION.OJPEG, COMPRESSION.ALT_JPEG}
@@ -58,7 +59,7 @@ def tiff_info(read: Callable[[int, int], bytes], size: int) -> tuple[int, int, i
         size: of the file in bytes.
     """
     with tifffile.TiffFile(io.BufferedReader(_RangeFile(read, size), 1 << 16)) as file:
-        page = _first_page(file)
+        page = _page(file)
         alpha = _alpha_bands(page)
         note = ["alpha"] if alpha else []
         # The pages behind a large image may be smaller copies of it.
@@ -69,10 +70,21 @@ def tiff_info(read: Callable[[int, int], bytes], size: int) -> tuple[int, int, i
         return page.imagewidth, page.imagelength, channels, dtype, bits, ", ".join(note)
 
 
-def read_tiff(data: bytes | memoryview) -> Array:
-    """The pixels of the first page: [height, width, channels], of the stored dtype, without alpha."""
+def extract_page(data: bytes, number: int) -> bytes:
+    """Page `number`, counted from 1, as a TIFF of its own. ValueError if there is no such page."""
     with tifffile.TiffFile(io.BytesIO(data)) as file:
-        page = _first_page(file)
+        if number > len(file.pages):
+            raise ValueError(f"there is no page {number}: the TIFF has {plural(len(file.pages), 'page')}")
+        page: Any = file.pages[number - 1]
+        dtype, bits = _dtype(page)
+    pixels = read_tiff(data, number)
+    return write_tiff(pixels.astype(np.uint8) * 255 if pixels.dtype == bool else pixels.astype(dtype), bits)
+
+
+def read_tiff(data: bytes | memoryview, number: int = 1) -> Array:
+    """The pixels of a page, counted from 1: [height, width, channels], of the stored dtype, without alpha."""
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        page = _page(file, number)
         pixels = page.asarray(maxworkers=1)
         pixels = np.moveaxis(pixels, 0, -1) if page.axes == "SYX" else pixels.reshape(*pixels.shape[:2], -1)
         bits, photometric = page.bitspersample, page.photometric
@@ -112,8 +124,8 @@ def write_tiff(pixels: Array, bits: int) -> bytes:
     return file.getvalue()
 
 
-def _first_page(file: tifffile.TiffFile) -> Any:
-    page = file.pages.first
+def _page(file: tifffile.TiffFile, number: int = 1) -> Any:
+    page: Any = file.pages[number - 1]
     if page.axes not in ("YX", "YXS", "SYX"):
         raise ValueError(f"a TIFF with the axes {page.axes} is not an image")
     if page.photometric not in {PHOTOMETRIC.RGB, PHOTOMETRIC.PALETTE, *GREY, *CONVERTED}:

@@ -66,6 +66,14 @@ SEED = click.IntRange(min=0, max=2**31 - 1)
     help="Keep JPEGs and PNGs whose end is missing. The missing part becomes grey or black.",
 )
 @click.option(
+    "--page",
+    type=click.IntRange(min=1),
+    metavar="N",
+    default=1,
+    show_default=True,
+    help="Which page of TIFFs to use. Pages other than the first are written as TIFFs of their own.",
+)
+@click.option(
     "--quality",
     type=click.IntRange(1, 100),
     metavar="N",
@@ -143,6 +151,7 @@ def build(source: str, dest: str, **options: Any) -> None:
             options["quality"],
             options["bits"],
             options["allow_truncated"],
+            options["page"],
         ),
         strict=options["strict"],
         drop_duplicates=options["drop_duplicates"],

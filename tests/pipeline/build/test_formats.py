@@ -233,6 +233,19 @@ def test_shrunk_images_keep_bands_bits_and_floats(tmp_path: Path) -> None:
         assert (checked.extension, checked.width, checked.changed) == ("jpg", 64, True)
 
 
+def test_any_page_of_a_tiff_may_be_taken(tmp_path: Path) -> None:
+    pages = np.stack([rgb8(), 255 - rgb8()])
+    images = {"a.tif": tiff(pages, photometric="rgb"), "b.tif": tiff(deep(pages), photometric="rgb")}
+    first, result = built(tmp_path / "1", images)
+    assert result.odd == {"TIFF without its other pages": 2}
+    second, result = built(tmp_path / "2", images, page=2)
+    assert (result.odd, result.changed) == ({"TIFF, page 2": 2}, 2)
+    for key in ("a", "b"):
+        assert abs(decoded(first)[key] + decoded(second)[key] - 255).mean() < 1.5
+    with pytest.raises(UserError, match=r"no page 3: the TIFF has 2 pages"):
+        built(tmp_path / "3", images, page=3)
+
+
 def test_images_above_the_limit_are_read_if_they_are_made_smaller() -> None:
     wide = Image.new("RGB", (18_000, 10_000), (200, 100, 50))
     jpeg = saved(wide, "JPEG")
