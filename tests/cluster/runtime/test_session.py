@@ -56,7 +56,7 @@ def test_training_says_that_ray_starts(
     console = Console(file=io.StringIO(), width=200)
     with pytest.raises(UserError, match="Ray did not start"):
         train(config_of(workers={"min": 1, "max": 4}), scenes.store.url, str(tmp_path / "run"), console)
-    assert console.file.getvalue().splitlines()[1:] == ["starting Ray and 1 to 4 workers …"]
+    assert console.file.getvalue().splitlines()[-1:] == ["starting Ray and 1 to 4 workers …"]
 
 
 def test_how_to_talk_to_s3_reaches_all_machines_but_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
