@@ -66,7 +66,9 @@ class LarsConfig(OptimConfig):
 
 
 class MixingConfig(StrictConfig):
-    """Augmentation of a labelled batch on the device. Defaults: fine-tuning (paper, Table 9; erase: FINETUNE.md)."""
+    """Augmentation of a labelled batch on the device. Defaults: fine-tuning (paper, Table 9; erase: FINETUNE.md).
+
+    Labels that are numbers need mixup, cutmix and smoothing turned off."""
 
     magnitude: Annotated[float, Field(ge=0, le=10)] = 9.0
     """Mean magnitude of RandAugment, 0 to 10; 0 turns it off (paper, Table 9)."""
@@ -80,7 +82,7 @@ class MixingConfig(StrictConfig):
     """CutMix's α: shares are drawn from Beta(α, α); 0 turns it off. With mixup too, each image gets either, at random
     (paper, Table 9)."""
     smoothing: Share = 0.1
-    """Label smoothing: this share of the target is spread evenly over all classes (paper, Table 9)."""
+    """Label smoothing: this share of the target is spread evenly over all classes; 0 turns it off (paper, Table 9)."""
 
     @property
     def mixes(self) -> bool:
