@@ -125,7 +125,7 @@ def print_table(store: Store, found: list[Checkpoint], rule: RetentionRule) -> N
         console.print(f"{store.url} has no checkpoints yet")
         return
     losses, name, scores = read_measures(store, {one.step for one in found})
-    per_epoch = read_started_record(store).steps_per_epoch
+    record = read_started_record(store)
     label = MEASURES[name].label
     measure = f"kNN {label}" if isinstance(read_config(store), PretrainConfig) else label
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
@@ -136,7 +136,7 @@ def print_table(store: Store, found: list[Checkpoint], rule: RetentionRule) -> N
     for one in found:
         table.add_row(
             f"{one.step:,}",
-            number(per_epoch and one.step / per_epoch, 1),
+            number(record.epochs_done(one.step), 1),
             format_size(one.bytes),
             "–" if (at := written_at(store, one)) is None else moment(at)[:-3],
             number(losses.get(one.step), 4),

@@ -45,6 +45,7 @@ from trainer.labels.labels import check_val, labels_of_run, measure_labels
 from trainer.models.pixels import check_pixels, describe_normalisation
 from trainer.run.checkpoint import newest_checkpoint
 from trainer.run.events import Events
+from trainer.run.growth import dataset_of_run
 from trainer.run.lease import Lease
 from trainer.run.run import Run, create_run, make_order, open_run, pop_failure, write_failure
 from trainer.run.worker import Callbacks, Worker
@@ -301,5 +302,6 @@ def _run_worker(job: dict[str, Any]) -> None:
     )
     dataset = open_dataset(job["data"], already_reached=True)
     config = CONFIG_TYPES[job["config"]["task"]].model_validate(job["config"])
+    dataset = dataset_of_run(run.store, config, dataset)
     if not TRAIN_FUNCTIONS[config.task](config, dataset, run, worker, callbacks):
         raise WorkersStopped

@@ -36,6 +36,8 @@ def event_line(event: dict[str, Any]) -> str:
         return (
             f"micro_batch auto: {event['samples']} samples at a time, of {event['most']} per worker and step"
         )
+    if kind == "grown":
+        return f"the dataset has grown to {plural(event['samples'], 'sample')}: from step {event['step']} on, epochs have all of them"
     if kind == "evaluated":
         return _evaluation_line(event)
     workers = plural(event["world_size"], "worker")

@@ -29,6 +29,7 @@ FREE_ON_RESUME = (
     "knn",
     "evaluate_every",
     "checkpoint",
+    "data.grow",
     "data.val",
     "data.val_crop",
     "data.decoder",

@@ -10,7 +10,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -238,8 +238,14 @@ def _load(store: Store, name: str) -> dict[str, torch.Tensor]:
         raise UserError(f"{store.describe(name)} is damaged or missing ({error}): {REMEDY}") from None
 
 
-def check_state(store: Store, step: int, run: Run, fingerprint: str, config: RunConfig) -> None:
-    """Raise UserError if a checkpoint is from another run, dataset (`fingerprint`) or config."""
+def check_state(
+    store: Store, step: int, run: Run, fingerprint: str, config: RunConfig, earlier: Collection[str] = ()
+) -> None:
+    """Raise UserError if a checkpoint is from another run, dataset or config.
+
+    Args:
+        fingerprint, earlier: of the dataset, and of what it was before it grew.
+    """
     where = store.describe(_folder(step))
     try:
         state: dict[str, Any] = json.loads(store.read(f"{_folder(step)}/state.json"))
@@ -248,6 +254,8 @@ def check_state(store: Store, step: int, run: Run, fingerprint: str, config: Run
     except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{where}/state.json is damaged or missing ({error}): {REMEDY}") from None
     wanted = {"run_id": run.run_id, "fingerprint": fingerprint}
+    if found["fingerprint"] in earlier:
+        wanted["fingerprint"] = found["fingerprint"]
     changed = [f"{key}: {found[key]} → {wanted[key]}" for key in wanted if found[key] != wanted[key]]
     if changed := [*changed, *differences(before, config)]:
         raise UserError(

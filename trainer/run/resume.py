@@ -21,7 +21,7 @@ from torch import nn
 from pipeline.storage.store import Store
 from trainer.config.schema import RunConfig
 from trainer.run.checkpoint import check_state, load_optimizer, load_weights, newest_checkpoint
-from trainer.run.run import Run
+from trainer.run.run import Run, read_record
 from trainer.run.snapshot import Rows, restore
 from trainer.run.worker import Worker
 
@@ -51,7 +51,8 @@ def resume(
     """
     checkpoint = _newest_checkpoint(run.store, worker)
     if checkpoint:
-        check_state(run.store, checkpoint, run, fingerprint, config)
+        earlier = read_record(run.store).fingerprints
+        check_state(run.store, checkpoint, run, fingerprint, config, earlier)
     if snapshot := restore(run, worker, config, checkpoint, model, optimizer):
         return ResumePoint(*snapshot)
     if checkpoint:

@@ -18,7 +18,7 @@ RUN/evaluations/         results of `maestream evaluate` and `maestream knn`
 import json
 import platform
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -33,9 +33,12 @@ from pipeline.loading.disk_cache import CHUNK_BYTES
 from pipeline.loading.order import Order, default_block, default_lanes
 from pipeline.loading.weighted import Weight
 from pipeline.storage.store import TEMPORARY, Store, open_store
+from pipeline.text import plural
+from pipeline.views.prefix import find_prefix
 from trainer.config.recipe import CONFIG_TYPES, ConfigT, differences, dump_config, parse_config
 from trainer.config.schema import InitConfig, LabelledRunConfig, RunConfig
 from trainer.labels.labels import KIND_NAMES, LABELS, NOUNS, measure_labels, read_labels, write_labels
+from trainer.run.phases import Phase, total_steps
 from trainer.run.worker import Worker
 
 CONFIG = "config.yaml"
@@ -68,6 +71,30 @@ class RunRecord:
     versions: dict[int, dict[str, str]] = field(default_factory=dict)
     steps_per_epoch: int | None = None  # None in runs of older versions
     data: dict[str, Any] = field(default_factory=dict)  # the dataset's name, samples and number of classes
+    # If the dataset has grown: which epochs train on which state of it.
+    phases: list[Phase] = field(default_factory=list)
+
+    @property
+    def newest_fingerprint(self) -> str:
+        """The fingerprint of the dataset that the newest attempt trains on."""
+        return self.phases[-1].fingerprint if self.phases else self.fingerprint
+
+    @property
+    def fingerprints(self) -> set[str]:
+        """The fingerprints of all states of the dataset."""
+        return {self.fingerprint, *(phase.fingerprint for phase in self.phases)}
+
+    def epochs_done(self, step: int) -> float | None:
+        """The epochs that a run has done after `step` steps. None if unknown, in runs of older versions."""
+        if begun := [phase for phase in self.phases if phase.first_step <= step]:
+            return (step + begun[-1].shift) / begun[-1].steps_per_epoch
+        return step / self.steps_per_epoch if self.steps_per_epoch else None
+
+    def total_steps(self, epochs: float) -> int | None:
+        """Steps of a run of so many epochs. None if they are unknown, in runs of older versions."""
+        if self.phases:
+            return total_steps(self.phases, epochs)
+        return None if self.steps_per_epoch is None else max(1, round(epochs * self.steps_per_epoch))
 
 
 def fix_order(config: ConfigT, dataset: Dataset) -> ConfigT:
@@ -106,9 +133,16 @@ def open_run(url: str, config: ConfigT, dataset: Dataset) -> tuple[ConfigT, Run]
         record = read_record(store)
     except FileNotFoundError:
         return _new_run(store, config, dataset)
-    if record.fingerprint != dataset.fingerprint:
+    newest = record.newest_fingerprint
+    extended = newest != dataset.fingerprint and find_prefix(dataset, newest) is not None
+    if extended and not config.data.grow:
         raise UserError(
-            f"{store.url} was started with another dataset (fingerprint {record.fingerprint[:12]}; "
+            f"{dataset.store.url} was extended to {plural(dataset.samples, 'sample')} since {store.url} began: add data.grow=true to "
+            "train on all of them from the next epoch on, or choose another --out"
+        )
+    if newest != dataset.fingerprint and not extended:
+        raise UserError(
+            f"{store.url} was started with another dataset (fingerprint {newest[:12]}; "
             f"{dataset.store.url} has {dataset.fingerprint[:12]}): use that dataset, or another --out"
         )
     before = read_config(store)
@@ -183,6 +217,7 @@ def read_record(store: Store) -> RunRecord:
             versions={int(attempt): dict(found) for attempt, found in tree.get("versions", {}).items()},
             steps_per_epoch=None if steps is None else int(steps),
             data=dict(tree.get("data", {})),
+            phases=[Phase(**phase) for phase in tree.get("phases", [])],
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{store.describe(RUN)} is damaged ({error}): choose another --out") from None
@@ -229,15 +264,17 @@ def create_run(config: RunConfig, run: Run, dataset: Dataset) -> None:
         )
 
 
-def begin_attempt(run: Run, worker: Worker, start: int) -> Run:
+def begin_attempt(
+    run: Run, worker: Worker, start: int, change: Callable[[RunRecord], RunRecord] = lambda record: record
+) -> Run:
     """Record the next attempt of a run, which begins at step `start`; older attempts may not commit any more.
 
-    Call it on every rank.
+    Call it on every rank. `change`: what else changes in the record.
     """
     attempt = torch.tensor(0, device=worker.device)
     if worker.rank == 0:
         check_owner(run.store, run.owner)
-        record, now = read_record(run.store), _versions()
+        record, now = change(read_record(run.store)), _versions()
         starts, before = [*record.starts, start], list(record.versions.values())
         versions = record.versions if before[-1:] == [now] else {**record.versions, len(starts): now}
         _write_record(run.store, replace(record, starts=starts, versions=versions))

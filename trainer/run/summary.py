@@ -73,13 +73,14 @@ class RunSummary:
     def total_steps(self) -> int | None:
         """Number of steps of the finished run. None if it is unknown: in the first epoch of runs of older versions, whose
         run.json does not have it."""
-        per_epoch: float | None = self.record.steps_per_epoch
-        if per_epoch is None:
+        total = self.record.total_steps(self.config.epochs)
+        if total is None:
             later = np.flatnonzero(self.metrics["epoch"] >= 1)
             if not len(later):
                 return None
             per_epoch = self.metrics["step"][later[0]] / self.metrics["epoch"][later[0]]
-        return max(1, round(self.config.epochs * per_epoch))
+            total = max(1, round(self.config.epochs * per_epoch))
+        return total
 
 
 def summarise(store: Store) -> RunSummary:

@@ -18,15 +18,17 @@ from trainer.config.schema import RunConfig
 from trainer.models.pixels import check_pixels, images_taken
 from trainer.run.bad_samples import BadSamples
 from trainer.run.checkpoint import Checkpointer, check_finite
+from trainer.run.growth import grown_record, phases_of
 from trainer.run.metrics import Metrics
 from trainer.run.resume import resume
-from trainer.run.run import Run, begin_attempt, make_order
+from trainer.run.run import Run, begin_attempt, make_order, read_record
 from trainer.run.snapshot import Snapshots
 from trainer.run.stop_vote import StopRequest, StopVote
 from trainer.run.worker import Callbacks, Worker
-from trainer.train.due import due_after, make_schedule
+from trainer.train.due import due_after
 from trainer.train.optim import learning_rate
 from trainer.train.pending import PendingStep, metric_rows, read_losses
+from trainer.train.stretches import batches_of, make_stretches
 from trainer.train.task import Task
 
 
@@ -40,13 +42,12 @@ def train(
     Raises UserError on all ranks, before anything is written, if the loss is not finite.
     """
     model, optimizer = task.model, task.optimizer
-    order = make_order(config, dataset)
-    schedule = make_schedule(config, order.steps_per_epoch, task.evaluate_every)
 
     # ---- resume
     point = resume(run, worker, config, dataset.fingerprint, model, optimizer, task.begin)
     start, unsaved = point.step, point.rows
-    run = begin_attempt(run, worker, start)
+    run = begin_attempt(run, worker, start, lambda record: grown_record(record, config, dataset, start))
+    phases = phases_of(read_record(run.store), config, dataset)
     is_main = worker.rank == 0
     if is_main:
         callbacks.on_attempt(run.attempt, start, worker.world_size)
@@ -56,12 +57,19 @@ def train(
     check_pixels(config.model, dataset)
     pixels = images_taken(config.model, dataset.manifest.pixels)
     decoder = make_decoder(config.data.decoder, task.image_size, threads, worker.device, pixels)
-    loader = Loader(
-        dataset, order, decoder, worker.rank, worker.world_size, config.data.disk_cache, config.data.crop_area,
-        config.data.crops, config.data.flips,
-    )  # fmt: skip
+
+    def make_loader(dataset: Dataset) -> Loader:
+        return Loader(
+            dataset, make_order(config, dataset), decoder, worker.rank, worker.world_size, config.data.disk_cache,
+            config.data.crop_area, config.data.crops, config.data.flips,
+        )  # fmt: skip
+
+    stretches = make_stretches(config, dataset, phases, start, task.evaluate_every, make_loader)
+    total_steps = stretches[-1].stop
+    if is_main and len(phases) > 1 and phases[-1].first_step >= start:
+        callbacks.on_event({"event": "grown", "step": phases[-1].first_step, "samples": dataset.samples})
     bad_samples = BadSamples(run, worker, dataset, config.data)
-    checkpointer = Checkpointer(run, config, dataset.fingerprint)
+    checkpointer = Checkpointer(run, config, phases[-1].fingerprint)
     snapshots = Snapshots(run, worker, config, start)
     vote = StopVote(worker.world_size)
     optimizer.register_step_pre_hook(lambda *_: snapshots.wait_for_copy())
@@ -86,14 +94,19 @@ def train(
 
     # ---- the loop
     pending: list[PendingStep] = []
-    step, finished, request = start, start == schedule.total_steps, StopRequest.NONE
+    step, finished, request = start, start == total_steps, StopRequest.NONE
     saved = 0  # steps in this attempt's newest checkpoint, on rank 0
     logged_at = saved_at = time.perf_counter()
     worker.timer.start(worker.device)
-    for batch in loader.steps(start, schedule.total_steps):
+    for stretch, batch in batches_of(stretches):
         worker.timer.mark("data_wait")
+        schedule, loader, shift = stretch.schedule, stretch.loader, stretch.shift
         lr = learning_rate(
-            batch.step, schedule.total_steps, order.steps_per_epoch, config.global_batch, config.optim
+            batch.step + shift,
+            schedule.total_steps,
+            stretch.steps_per_epoch,
+            config.global_batch,
+            config.optim,
         )
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("scale", 1.0)
@@ -110,9 +123,9 @@ def train(
             and time.perf_counter() - saved_at > config.checkpoint.every_minutes * 60
             and not checkpointer.busy
         )
-        due = due_after(step, schedule, request, snapshots.due(step), overdue)
+        due = due_after(step + shift, schedule, request, snapshots.due(step), overdue)
         finished = due.finished
-        if not due.log:
+        if not due.log and step < stretch.stop:
             continue
 
         # ---- read the losses of all pending steps; every rank gets the same
@@ -140,7 +153,7 @@ def train(
         if metrics is not None:
             metrics.write(rows)
             extra = {"known_bad": len(bad_samples.known), "committed": checkpointer.committed}
-            callbacks.on_metrics({**rows[-1], **extra, "total_steps": schedule.total_steps})
+            callbacks.on_metrics({**rows[-1], **extra, "total_steps": total_steps})
             worker.timer.mark("other")
             if due.checkpoint:
                 save_checkpoint(step)
@@ -168,7 +181,7 @@ def train(
     if metrics is not None:
         metrics.close(step)
     task.close()  # before the loader: it may use the decoder
-    loader.close()
+    decoder.close()
     return finished
 
 

@@ -1,0 +1,65 @@
+"""Continue a run with a dataset that has grown since it began (`data.grow`), see `trainer.run.phases`."""
+
+from dataclasses import replace
+
+from pipeline.dataset.dataset import Dataset
+from pipeline.errors import UserError
+from pipeline.storage.store import Store
+from pipeline.views.prefix import find_prefix, first_shards
+from trainer.config.schema import RunConfig
+from trainer.run.phases import Phase, with_growth
+from trainer.run.run import RunRecord, make_order, read_record
+
+
+def dataset_of_run(store: Store, config: RunConfig, dataset: Dataset) -> Dataset:
+    """The dataset that a run trains on: without `data.grow`, what it was before it was extended.
+
+    So a run is not disturbed if its dataset is extended meanwhile.
+    """
+    record = read_record(store)
+    if config.data.grow or dataset.fingerprint == record.newest_fingerprint:
+        return dataset
+    return _before(dataset, record.newest_fingerprint)
+
+
+def grown_record(record: RunRecord, config: RunConfig, dataset: Dataset, step: int) -> RunRecord:
+    """The record of a run that has done `step` steps and continues with `dataset`."""
+    if dataset.fingerprint == record.newest_fingerprint:
+        return record
+    phases = phases_of(record, config, dataset)
+    new = phase_of(config, dataset)
+    grown = with_growth(
+        phases, step, config.epochs, new.fingerprint, new.samples, new.shards, new.steps_per_epoch
+    )
+    return record if grown == phases else replace(record, phases=grown)
+
+
+def phases_of(record: RunRecord, config: RunConfig, dataset: Dataset) -> list[Phase]:
+    """The phases of a run. `dataset` is what the run trains on, or has grown to when there was no epoch left for it."""
+    if record.phases:
+        return record.phases
+    same = dataset.fingerprint == record.fingerprint
+    return [phase_of(config, dataset if same else _before(dataset, record.fingerprint))]
+
+
+def phase_of(config: RunConfig, dataset: Dataset) -> Phase:
+    """The phase of a run that trains on this dataset from the beginning."""
+    steps = make_order(config, dataset).steps_per_epoch
+    return Phase(dataset.fingerprint, dataset.samples, dataset.manifest.shards, 0, 0, steps)
+
+
+def dataset_of_phase(phase: Phase, dataset: Dataset) -> Dataset:
+    """The dataset of a phase, of which `dataset` is the newest state."""
+    if phase.fingerprint == dataset.fingerprint:
+        return dataset
+    return first_shards(dataset, phase.shards, phase.fingerprint)
+
+
+def _before(dataset: Dataset, fingerprint: str) -> Dataset:
+    shards = find_prefix(dataset, fingerprint)
+    if shards is None:
+        raise UserError(
+            f"{dataset.store.url} (fingerprint {dataset.fingerprint[:12]}) is not the dataset of this run ({fingerprint[:12]}), nor "
+            "an extension of it"
+        )
+    return first_shards(dataset, shards, fingerprint)
