@@ -41,11 +41,11 @@ from pipeline.storage.store import open_store
 from pipeline.text import plural
 from trainer.config.recipe import CONFIG_TYPES
 from trainer.config.schema import FinetuneConfig, LabelledRunConfig, PretrainConfig, RunConfig, WorkersConfig
+from trainer.growth import dataset_of_run
 from trainer.labels.labels import check_val, labels_of_run, measure_labels
 from trainer.models.pixels import check_pixels, describe_normalisation
 from trainer.run.checkpoint import newest_checkpoint
 from trainer.run.events import Events
-from trainer.run.growth import dataset_of_run
 from trainer.run.lease import Lease
 from trainer.run.run import Run, create_run, make_order, open_run, pop_failure, write_failure
 from trainer.run.worker import Callbacks, Worker

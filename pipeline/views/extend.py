@@ -1,7 +1,7 @@
 """Extend a dataset by new shards. The tars stay where they are.
 
 New shards come after all others, and new classes after all others. So the samples that were there keep their ids and labels, and
-a run can continue with the larger dataset (`trainer.run.growth`).
+a run can continue with the larger dataset (`trainer.growth`).
 
 First the new indexes are written, then a new table of shards under another name, and the manifest last: whoever opens
 the dataset finds the old one or the new one. A run that opened the old one still finds its files.

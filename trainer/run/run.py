@@ -38,7 +38,7 @@ from pipeline.views.prefix import find_prefix
 from trainer.config.recipe import CONFIG_TYPES, ConfigT, differences, dump_config, parse_config
 from trainer.config.schema import InitConfig, LabelledRunConfig, RunConfig
 from trainer.labels.labels import KIND_NAMES, LABELS, NOUNS, measure_labels, read_labels, write_labels
-from trainer.run.phases import Phase, total_steps
+from trainer.phases import Phase, total_steps
 from trainer.run.worker import Worker
 
 CONFIG = "config.yaml"

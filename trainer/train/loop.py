@@ -15,20 +15,19 @@ from pipeline.decode.factory import make_decoder
 from pipeline.errors import UserError
 from pipeline.loading.loader import Loader
 from trainer.config.schema import RunConfig
+from trainer.growth import batches_of, grown_record, make_stretches, phases_of
 from trainer.models.pixels import check_pixels, images_taken
 from trainer.run.bad_samples import BadSamples
 from trainer.run.checkpoint import Checkpointer, check_finite
-from trainer.run.growth import grown_record, phases_of
 from trainer.run.metrics import Metrics
 from trainer.run.resume import resume
 from trainer.run.run import Run, begin_attempt, make_order, read_record
 from trainer.run.snapshot import Snapshots
 from trainer.run.stop_vote import StopRequest, StopVote
 from trainer.run.worker import Callbacks, Worker
-from trainer.train.due import due_after
+from trainer.train.due import due_after, make_schedule
 from trainer.train.optim import learning_rate
 from trainer.train.pending import PendingStep, metric_rows, read_losses
-from trainer.train.stretches import batches_of, make_stretches
 from trainer.train.task import Task
 
 
@@ -64,7 +63,7 @@ def train(
             config.data.crop_area, config.data.crops, config.data.flips,
         )  # fmt: skip
 
-    stretches = make_stretches(config, dataset, phases, start, task.evaluate_every, make_loader)
+    stretches = make_stretches(config, dataset, phases, start, make_loader)
     total_steps = stretches[-1].stop
     if is_main and len(phases) > 1 and phases[-1].first_step >= start:
         callbacks.on_event({"event": "grown", "step": phases[-1].first_step, "samples": dataset.samples})
@@ -100,7 +99,10 @@ def train(
     worker.timer.start(worker.device)
     for stretch, batch in batches_of(stretches):
         worker.timer.mark("data_wait")
-        schedule, loader, shift = stretch.schedule, stretch.loader, stretch.shift
+        loader, shift = stretch.loader, stretch.shift
+        schedule = make_schedule(
+            config, stretch.steps_per_epoch, task.evaluate_every
+        )  # counts steps as the order does
         lr = learning_rate(
             batch.step + shift,
             schedule.total_steps,

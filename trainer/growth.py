@@ -1,13 +1,15 @@
-"""Continue a run with a dataset that has grown since it began (`data.grow`), see `trainer.run.phases`."""
+"""Continue a run with a dataset that has grown since it began (`data.grow`), see `trainer.phases`."""
 
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from pipeline.dataset.dataset import Dataset
 from pipeline.errors import UserError
+from pipeline.loading.loader import Loader, TrainBatch
 from pipeline.storage.store import Store
 from pipeline.views.prefix import find_prefix, first_shards
 from trainer.config.schema import RunConfig
-from trainer.run.phases import Phase, with_growth
+from trainer.phases import Phase, total_steps, with_growth
 from trainer.run.run import RunRecord, make_order, read_record
 
 
@@ -63,3 +65,42 @@ def _before(dataset: Dataset, fingerprint: str) -> Dataset:
             "an extension of it"
         )
     return first_shards(dataset, shards, fingerprint)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Steps `begin` to `stop` − 1, which train on one state of the dataset."""
+
+    begin: int
+    stop: int
+    shift: int  # see `Phase.shift`
+    steps_per_epoch: int
+    loader: Loader
+
+
+def make_stretches(
+    config: RunConfig,
+    dataset: Dataset,
+    phases: Sequence[Phase],
+    start: int,
+    make_loader: Callable[[Dataset], Loader],
+) -> list[Stretch]:
+    """The stretches from step `start` on; the last one also if the run is finished."""
+    stops = [*(phase.first_step for phase in phases[1:]), total_steps(phases, config.epochs)]
+    stretches = []
+    for phase, stop in zip(phases, stops, strict=True):
+        if stop <= start and phase != phases[-1]:
+            continue
+        part = dataset_of_phase(phase, dataset)
+        steps = make_order(config, part).steps_per_epoch
+        begin = max(start, phase.first_step)
+        stretches.append(Stretch(begin, stop, phase.shift, steps, make_loader(part)))
+    return stretches
+
+
+def batches_of(stretches: Sequence[Stretch]) -> Iterator[tuple[Stretch, TrainBatch]]:
+    """The batches of all steps, each with its stretch. Nearly always there is only one stretch."""
+    for stretch in stretches:
+        shift = stretch.shift
+        for batch in stretch.loader.steps(stretch.begin + shift, stretch.stop + shift):
+            yield stretch, batch if shift == 0 else replace(batch, step=batch.step - shift)
