@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from pipeline.arrays import Ints
 from pipeline.build.duplicates import duplicates_in, without_duplicates
-from pipeline.build.image_table import Source, images_per_class
+from pipeline.build.image_table import Source, images_per_class, kept_names
 from pipeline.build.shard_writer import (
     BuildOptions,
     Receipt,
@@ -36,6 +36,8 @@ from pipeline.build.shard_writer import (
 )
 from pipeline.build.sources import open_source
 from pipeline.dataset.dataset import open_dataset
+from pipeline.dataset.fields import Fields, kept_type_name
+from pipeline.dataset.index import built_fields
 from pipeline.dataset.manifest import (
     BUILDING,
     BUILDING_FOLDER,
@@ -273,7 +275,7 @@ def _finish(
 ) -> Manifest:
     """Write the table of shards and the manifest."""
     skipped = len(source.left_out) + sum(len(receipt.left_out) for receipt in receipts)
-    odd = _total_odd(receipts)
+    odd, names = _total_odd(receipts), kept_names(source.items)
     receipts = [receipt for receipt in receipts if receipt.samples]
     columns = SHARDS_SCHEMA.names
     rows = [{name: getattr(receipt, name) for name in columns} for receipt in receipts]
@@ -286,6 +288,9 @@ def _finish(
         "left_out": skipped,
         "duplicates_dropped": len(dropped),
         "odd": odd,
+        **built_fields(
+            Fields(keep=tuple(names)), {name: kept_type_name(source.items[name].type) for name in names}
+        ),
         **({"classes_without_images": ", ".join(lost_classes)} if lost_classes else {}),
         "build": _digest(identity),
     }

@@ -27,6 +27,7 @@ from pipeline.build.image_table import ITEMS, SceneRenderer, Source, SourceOptio
 from pipeline.build.parquet_source import parquet_source
 from pipeline.build.synthetic import SHAPES
 from pipeline.build.tar_source import dataset_source, tar_source, webdataset_source
+from pipeline.dataset.fields import Fields
 from pipeline.dataset.index import COMPRESSED_NAME
 from pipeline.dataset.manifest import MANIFEST
 from pipeline.dataset.webdataset import compressed_message
@@ -102,15 +103,15 @@ def _files(
 ) -> Source:
     """The source for tars or for Parquet files."""
     if any(name.endswith(".tar") for name in names):
-        _check_unused(store.url, "are in tars", options)
+        _check_unused(store.url, "are in tars", replace(options, fields=Fields()))
     if len(names) == 1 and names[0].endswith(".tar"):
-        return tar_source(store, names[0], devkit, run)
+        return tar_source(store, names[0], devkit, run, options.fields)
     if official := next((n for n in names if n.startswith("ILSVRC2012_img_")), None):
         raise UserError(
             f"{store.url} has several archives in it: choose one, such as {store.describe(official)}"
         )
     if all(n.endswith(".tar") for n in names):
-        source = webdataset_source(store, names)
+        source = webdataset_source(store, names, options.fields)
         return replace(source, notes=(*source.notes, *_splits_note(store, names)))
     if all(n.endswith(".parquet") for n in names):
         return parquet_source(store, names, open_spool, run, options)
@@ -135,10 +136,11 @@ def _check_unused(where: str, why: str, options: SourceOptions) -> None:
     if options != SourceOptions():
         names = {"splits": "--splits", "allow_empty_classes": "--allow-empty-classes"}
         used = [
-            names.get(name, "--image, --label, --label-kind and --keep-json") for name in options.changes()
+            names.get(name, "--image, --label, --label-kind, --keep-json and --split-at")
+            for name in options.changes()
         ]
         raise UserError(
-            f"{where}: its images {why}; {' and '.join(used)} are for folders and Parquet files: leave them out"
+            f"{where}: its images {why}; {' and '.join(used)} are for other sources: leave them out"
         )
 
 

@@ -6,17 +6,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-import numpy as np
 import pyarrow as pa
 
 from pipeline.build import imagenet
 from pipeline.build.file_names import is_image, key_of
-from pipeline.build.image_table import ITEMS, RangeReader, Source, make_source
+from pipeline.build.image_table import ITEMS, RangeReader, Source, make_source, with_labels
 from pipeline.dataset.dataset import open_dataset
-from pipeline.dataset.index import THREADS
+from pipeline.dataset.fields import Fields, kept_array
+from pipeline.dataset.index import THREADS, no_images
 from pipeline.dataset.labels import LabelCollector
-from pipeline.dataset.manifest import INDEX_SCHEMA, NO_LABEL, label_type
-from pipeline.dataset.webdataset import printable, scan_shard
+from pipeline.dataset.manifest import INDEX_SCHEMA, label_type
+from pipeline.dataset.scan_notes import ScanNotes
+from pipeline.dataset.webdataset import ScanOptions, SkippedSamples, printable, scan_shard
 from pipeline.errors import UserError
 from pipeline.parallel import ParallelMap, map_ahead
 from pipeline.storage.ranged_file import WINDOW, RangedFile
@@ -24,23 +25,31 @@ from pipeline.storage.store import Store, open_shared
 from pipeline.storage.tar_reader import BUCKET_WINDOW, TarDamageError, tar_members
 from pipeline.text import plural
 
+MAX_LEFT_OUT = 100_000  # damaged samples of a source that are listed
 File = tuple[str, int, int]  # a file in a tar: name, offset, size
 InnerTar = tuple[str, int, int]  # a tar in a tar: name, offset, size
 
 
-def tar_source(store: Store, name: str, devkit: str | None, run: ParallelMap) -> Source:
-    """One tar with a tar per class, with ImageNet's validation images, or with WebDataset samples."""
+def tar_source(store: Store, name: str, devkit: str | None, run: ParallelMap, fields: Fields) -> Source:
+    """One tar with a tar per class, with ImageNet's validation images, or with WebDataset samples.
+
+    `fields`: which files and fields of WebDataset samples are used.
+    """
     try:
         first = next(_files(store, name), None)
     except FileNotFoundError:
         raise UserError(f"{store.describe(name)}: no such file") from None
     if first is None:
         raise UserError(f"{store.describe(name)} has no files in it")
-    if first[0].endswith(".tar"):
-        return _class_tars(store, name, run)
-    if imagenet.VALIDATION_NAME.fullmatch(first[0]):
-        return _validation_tar(store, name, devkit)
-    return webdataset_source(store, [name])
+    is_class_tars = first[0].endswith(".tar")
+    if is_class_tars or imagenet.VALIDATION_NAME.fullmatch(first[0]):
+        if fields != Fields():
+            raise UserError(
+                f"{store.describe(name)} has ImageNet's layout, whose labels are known: leave out --image, --label, "
+                "--label-kind, --keep-json and --split-at"
+            )
+        return _class_tars(store, name, run) if is_class_tars else _validation_tar(store, name, devkit)
+    return webdataset_source(store, [name], fields)
 
 
 @dataclass(frozen=True)
@@ -117,38 +126,51 @@ def _validation_tar(store: Store, name: str, devkit: str | None) -> Source:
     return make_source(where, classes, RangeReader(store.url), items)
 
 
-def webdataset_source(store: Store, names: list[str]) -> Source:
-    """The samples of WebDataset tars, see `pipeline.dataset.webdataset`. UserError if a tar is damaged."""
-    collector = LabelCollector()
+def webdataset_source(store: Store, names: list[str], fields: Fields) -> Source:
+    """The samples of WebDataset tars, see `pipeline.dataset.webdataset`. Damaged samples and tars are left out.
+
+    `fields`: which files and fields are used.
+    """
+    options = ScanOptions(skip_damaged=True, fields=fields)
+    collector, notes = LabelCollector(fields.kind), ScanNotes()
+    skipped = SkippedSamples(allowed=True, limit=MAX_LEFT_OUT)
     tables: list[pa.Table] = []
-    texts: list[str] = []
-    for scan in map_ahead(lambda name: scan_shard(store, name, False, False), names, THREADS):
+    without_image = other_files = 0
+    for scan in map_ahead(lambda name: scan_shard(store, name, options), names, THREADS):
         rows = scan.rows
-        labels = rows["label"].to_pylist()
-        collector.add(labels, functools.partial(_place, store.describe(scan.name), rows))
-        texts += labels
-        tables.append(
-            pa.table(
-                {
-                    "key": rows["key"],
-                    "label": np.full(len(rows), NO_LABEL, np.int32),
-                    "file": [scan.name] * len(rows),
-                    "offset": rows["offset"],
-                    "size": rows["size"].cast(pa.int64()),
-                },
-                schema=ITEMS,
-            )
-        )
+        places = functools.partial(_place, store.describe(scan.name), rows)
+        collector.add(rows["label"].to_pylist(), places)
+        notes.merge(scan.notes)
+        skipped.merge(scan.skipped)
+        without_image += scan.without_image
+        other_files += scan.other_files
+        tables.append(rows.append_column("file", pa.array([scan.name] * len(rows), pa.string())))
+    rows = pa.concat_tables(tables)
+    where = store.url if len(names) > 1 else store.describe(names[0])
+    if not len(rows):
+        raise UserError(no_images(store, len(names), fields, skipped))
+    notes.check(where, fields)
     encoder = collector.encoder()
     if encoder.first_problem:
         raise UserError(encoder.first_problem)
-    if encoder.kind != "class":
-        raise UserError(f"{encoder.note}: for now, `maestream shards index` makes a dataset of these tars")
-    items = pa.concat_tables(tables).set_column(1, ITEMS.field("label"), encoder.encode(texts))
-    if not len(items):
-        raise UserError(f"{store.url}: no images in {plural(len(names), 'tar')}")
-    where = store.url if len(names) > 1 else store.describe(names[0])
-    return make_source(where, encoder.classes, RangeReader(store.url), items)
+    items = rows.select(["key", "label", "file", "offset", "size"])
+    items = items.set_column(0, "key", pa.array(map(_plain_key, rows["key"].to_pylist()), pa.string()))
+    items = with_labels(items, encoder.encode(rows["label"].to_pylist()))
+    items = items.cast(ITEMS.set(1, items.schema.field("label")))
+    for name, kind in notes.types().items():
+        items = items.append_column(name, kept_array(rows[name].to_pylist(), kind))
+    lines = [*notes.lines(fields), *([encoder.note] if encoder.note else [])]
+    if without_image or other_files:
+        lines.append(
+            f"ignored {plural(without_image, 'sample')} without an image, {plural(other_files, 'other file')}"
+        )
+    return make_source(where, encoder.classes, RangeReader(store.url), items, lines, skipped.listed)
+
+
+def _plain_key(key: str) -> str:
+    """The key without dots in its last part, where a WebDataset key ends."""
+    folder, slash, base = key.rpartition("/")
+    return folder + slash + base.replace(".", "_")
 
 
 def _place(where: str, rows: pa.Table, i: int) -> str:

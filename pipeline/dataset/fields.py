@@ -6,17 +6,23 @@ The same options serve every source with fields: WebDataset tars, Parquet files,
     --label cls, --label json:path.to.field      extension of a tar's files, a field of their .json files, or a column
     --label-kind class, classes or numbers       what labels mean; otherwise decided from all of them, see `labels`
     --keep-json score,name=path.to.field         fields of .json files, or columns, that become columns of the index
+    --split-at first-dot or last-dot             where the name of a sample ends in a tar: WebDataset's rule, or for names
+                                                 with dots
 
 Labels are text between a source and `pipeline.dataset.labels.LabelEncoder`, because names get their numbers only when all
-of them are known: "" for none, "3", "0.5", "dog", or a list as JSON: "[0, 2]".
+of them are known: "" for none, "3", "0.5", "dog", or a list as JSON: "[0, 2]". Kept values are JSON text, too, "" for none, until
+the type of their column is known: true or false, whole numbers, numbers, or, where values differ in kind, text.
 """
 
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args
+
+import pyarrow as pa
 
 from pipeline.dataset.manifest import INDEX_SCHEMA, LabelKind
 from pipeline.errors import UserError
@@ -25,6 +31,8 @@ JSON_PREFIX = "json:"
 WHOLE_NUMBER = re.compile(r"[-+]?[0-9]+(\.0*)?")
 NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 EXACT_DIGITS = 15  # a whole number with more is a float
+KEPT_TYPES = {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(), "text": pa.string()}
+INT64 = 1 << 63
 SHOWN = 40  # characters of a value in a message
 
 
@@ -36,6 +44,7 @@ class Fields:
     label: str | None = None  # extension, "json:path.to.field", or a column
     kind: LabelKind | None = None  # what labels mean
     keep: tuple[str, ...] = ()  # "score" or "name=path.to.field", see `columns`
+    split_at: Literal["first-dot", "last-dot"] = "first-dot"  # where the key ends in the file names of a tar
 
     @property
     def label_path(self) -> str | None:
@@ -47,18 +56,29 @@ class Fields:
         )
 
     @property
+    def images(self) -> tuple[str, ...]:
+        """The extensions that `image` lists, best first: "jpg,png" for the one of them that a sample has."""
+        return tuple(
+            part.strip().lstrip(".").lower() for part in (self.image or "").split(",") if part.strip()
+        )
+
+    @property
     def columns(self) -> dict[str, str]:
         """Name of each kept column → its path in the .json file, or its column in the source."""
         return dict(map(_column, self.keep))
 
 
 def parse_fields(
-    image: str | None = None, label: str | None = None, kind: str | None = None, keep: str | None = None
+    image: str | None = None,
+    label: str | None = None,
+    kind: str | None = None,
+    keep: str | None = None,
+    split_at: str = "first-dot",
 ) -> Fields:
-    """The fields that the options --image, --label, --label-kind and --keep-json choose. UserError if one is not valid."""
+    """The fields that --image, --label, --label-kind, --keep-json and --split-at choose. UserError if one is not valid."""
     if image is not None:
         image = image.strip().lstrip(".")
-        if not image:
+        if not image.strip(","):
             raise UserError("--image is empty: give an extension such as rgb.jpg, or the name of a column")
     if label is not None:
         label = label.strip()
@@ -89,7 +109,7 @@ def parse_fields(
         if name in names:
             raise UserError(f"--keep-json has two columns {name}: give one another name, NAME=FIELD")
         names.add(name)
-    return Fields(image, label, kind, kept)  # type: ignore[arg-type]  # `kind` is checked above
+    return Fields(image, label, kind, kept, split_at)  # type: ignore[arg-type]  # checked above, or by click
 
 
 def _column(text: str) -> tuple[str, str]:
@@ -105,18 +125,20 @@ def value_at(tree: Any, path: str) -> Any:
 
     A key may itself contain dots: the longest key that fits is taken.
     """
-    if isinstance(tree, Mapping):
-        if path in tree:
-            return tree[path]
-        ends = [dot.start() for dot in re.finditer(r"\.", path)]
-        for end in reversed(ends):
-            if path[:end] in tree:
-                return value_at(tree[path[:end]], path[end + 1 :])
-    elif isinstance(tree, list):
-        place, _, rest = path.partition(".")
-        if place.isdecimal() and int(place) < len(tree):
-            return value_at(tree[int(place)], rest) if rest else tree[int(place)]
-    raise KeyError(f"no field {path}")
+    rest = path
+    while rest:
+        key = ""
+        if isinstance(tree, Mapping):
+            ends = [len(rest), *(dot.start() for dot in reversed(list(re.finditer(r"\.", rest))))]
+            key = next((rest[:end] for end in ends if rest[:end] in tree), "")
+        elif isinstance(tree, list):
+            key = rest.partition(".")[0]
+            key = key if key.isdecimal() and int(key) < len(tree) else ""
+        if not key:
+            raise KeyError(f"no field {path}")
+        tree = tree[int(key)] if isinstance(tree, list) else tree[key]
+        rest = rest[len(key) + 1 :]
+    return tree
 
 
 def label_value(value: Any, chosen: bool = False) -> str:
@@ -227,3 +249,54 @@ def _scalar(value: Any, chosen: bool) -> int | float | str | None:
 def _shown(value: Any) -> str:
     text = str(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+
+
+# ---- values that are kept ---------------------------------------------------------------------------------------
+
+
+def kept_kind(value: Any) -> str:
+    """The kind of a value: "bool", "int", "float", "text", or "other" for lists and objects; "" for a missing one."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "bool"
+    if isinstance(value, int):
+        return "int" if -INT64 <= value < INT64 else "float"
+    return {float: "float", str: "text"}.get(type(value), "other")
+
+
+def kept_type(kinds: Counter[str]) -> str:
+    """The type, a key of KEPT_TYPES, of a column with so many values of each kind."""
+    found = {kind for kind, count in kinds.items() if count and kind}
+    if found == {"int", "float"}:
+        return "float"
+    return found.pop() if len(found) == 1 and found <= set(KEPT_TYPES) else "text"
+
+
+def kept_text(value: Any) -> str:
+    """A value as JSON text."""
+    return "" if value is None else json.dumps(value)
+
+
+def kept_array(texts: Iterable[str], kind: str) -> pa.Array:
+    """The column of a type from JSON texts, null for ""."""
+    values = [json.loads(text) if text else None for text in texts]
+    if kind == "float":
+        values = [None if value is None else _float(value) for value in values]
+    if kind == "text":
+        values = [v if v is None or isinstance(v, str) else json.dumps(v) for v in values]
+        # UTF-8 has no lone surrogates, which JSON may have.
+        values = [v if v is None else v.encode("utf-8", "replace").decode() for v in values]
+    return pa.array(values, KEPT_TYPES[kind])
+
+
+def _float(number: float) -> float:
+    try:
+        return float(number)
+    except OverflowError:  # a whole number of more than 300 digits
+        return math.copysign(math.inf, number)
+
+
+def kept_type_name(kind: pa.DataType) -> str:
+    """The key of KEPT_TYPES of a column's type; "text" for any other type."""
+    return next((name for name, other in KEPT_TYPES.items() if other == kind), "text")

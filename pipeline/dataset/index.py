@@ -18,28 +18,32 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.dataset.fields import Fields, kept_array, parse_fields
 from pipeline.dataset.labels import LabelCollector, LabelEncoder
 from pipeline.dataset.manifest import (
     BUILDING,
+    INDEX_SCHEMA,
     MANIFEST,
     NO_LABEL,
     SHARDS_SCHEMA,
-    LabelKind,
     Manifest,
     content_digest,
     index_name,
-    index_schema,
     read_file,
     write_dataset,
 )
+from pipeline.dataset.scan_notes import ScanNotes
+from pipeline.dataset.tar_sample import IMAGE_TYPES
 from pipeline.dataset.webdataset import (
-    IMAGE_TYPES,
-    ROWS_SCHEMA,
+    NO_FIELDS,
     ScannedShard,
+    ScanOptions,
     SkippedSamples,
     compressed_message,
     describe_sample,
     image_kinds,
+    is_hidden,
+    rows_schema,
     scan_shard,
 )
 from pipeline.errors import UserError
@@ -61,18 +65,22 @@ class IndexResult:
     without_image: int  # samples without an image; they are not in the dataset
     without_label: int  # samples of the dataset without a label
     other_files: int  # files that belong to no sample, such as ._name
-    notes: list[str]  # what was decided, if users may not expect it
+    notes: list[str]  # what users may not expect, one line each
 
 
-def find_shards(store: Store) -> list[str]:
-    """Return the names of all tars below the store's folder, sorted. UserError if there are none, or one is compressed."""
+def find_shards(store: Store, skip_damaged: bool = False) -> list[str]:
+    """Return the names of all tars below the store's folder, sorted.
+
+    UserError if there are none, or one is compressed and `skip_damaged` is false. Otherwise a compressed one is in the result,
+    for `scan_shard` to list.
+    """
     names = store.names()
     if not names and not store.exists(""):
         raise UserError(f"{store.url}: no such folder")
-    for name in names:
-        if COMPRESSED_NAME.search(name):
-            raise UserError(compressed_message(store, name))
-    tars = [n for n in names if n.lower().endswith(".tar") and not n.rpartition("/")[2].startswith(".")]
+    compressed = [name for name in names if COMPRESSED_NAME.search(name) and not is_hidden(name)]
+    for name in compressed:
+        SkippedSamples(skip_damaged).add(compressed_message(store, name), "Decompress it")
+    tars = sorted([n for n in names if n.lower().endswith(".tar") and not is_hidden(n)] + compressed)
     if not tars:
         raise UserError(f"{store.url} has no .tar files")
     return tars
@@ -86,7 +94,7 @@ def index_shards(
     checksums: bool = False,
     bits: int | None = None,
     skip_damaged: bool = False,
-    kind: LabelKind | None = None,
+    fields: Fields = NO_FIELDS,
     overwrite: bool = False,
     on_shard: Callable[[], None] = lambda: None,
 ) -> IndexResult:
@@ -97,30 +105,30 @@ def index_shards(
             only headers are read.
         bits: significant bits of 16-bit images. None: what their files say, or what the values of some of them use.
         skip_damaged: whether to skip damaged samples. Otherwise the first one is a UserError.
-        kind: what labels are. By default it is decided from all of them, see `pipeline.dataset.labels`.
+        fields: which files and fields become the image, the label and further columns.
         overwrite: whether to replace a dataset in `to`.
         on_shard: called after each tar is read.
     """
     _check_destination(store, to, overwrite)
     skipped = SkippedSamples(skip_damaged)
-    collector = LabelCollector(kind)
+    options = ScanOptions(checksums, skip_damaged, fields)
+    collector, notes = LabelCollector(fields.kind), ScanNotes()
     scans: list[ScannedShard] = []
     with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:
-        spool = RowSpool(open_store(folder), names)
-        for scan in map_ahead(lambda name: scan_shard(store, name, checksums, skip_damaged), names, THREADS):
+        spool = RowSpool(open_store(folder), names, rows_schema(fields))
+        for scan in map_ahead(lambda name: scan_shard(store, name, options), names, THREADS):
             rows = _without_known_keys(scan, spool)
             spool.add(rows)
             collector.add(rows["label"].to_pylist(), functools.partial(_place, scan.name, rows))
             skipped.merge(scan.skipped)
+            notes.merge(scan.notes)
             scan.rows = None
             scans.append(scan)
             on_shard()
         if not spool.rows:
-            raise UserError(
-                f"{store.url}: no images in {plural(len(names), 'tar')}: the extension, after the first dot of the file name, "
-                f"must be {', '.join(IMAGE_TYPES)}{''.join(f'; {line}' for line in skipped.listed[:1])}"
-            )
-        encoder = collector.encoder()
+            raise UserError(no_images(store, len(names), fields, skipped))
+        notes.check(store.url, fields)
+        encoder, types = collector.encoder(), notes.types()
         if encoder.first_problem and not skip_damaged:
             skipped.add(encoder.first_problem)  # raises
         kinds = image_kinds(store, scans, bits)
@@ -130,7 +138,7 @@ def index_shards(
             to.remove([MANIFEST])
         shards = []
         for shard in map_ahead(
-            lambda n: _write_index(to, scans[n], spool.read(n), encoder), range(len(names)), THREADS
+            lambda n: _write_index(to, scans[n], spool.read(n), encoder, types), range(len(names)), THREADS
         ):
             skipped.merge(shard.skipped)
             if shard.row["samples"]:  # a tar without samples is not a shard
@@ -143,7 +151,7 @@ def index_shards(
         {
             "indexed": store.url,
             "left_out": skipped.count,
-            **({"label_kind": kind} if kind else {}),
+            **built_fields(fields, types),
             **({"flags": True} if encoder.flags else {}),
         },
         checksums=checksums,
@@ -157,7 +165,7 @@ def index_shards(
         sum(scan.without_image for scan in scans),
         sum(shard.without_label for shard in shards),
         sum(scan.other_files for scan in scans),
-        [note for note in (encoder.note, kinds.note(bits)) if note],
+        [*notes.lines(fields), *(note for note in (encoder.note, kinds.note(bits)) if note)],
     )
 
 
@@ -171,8 +179,15 @@ class _IndexedShard:
     skipped: SkippedSamples  # samples whose labels contradict the others
 
 
-def _write_index(to: Store, scan: ScannedShard, rows: pa.Table, encoder: LabelEncoder) -> _IndexedShard:
-    """Write the index of a tar, unless it has no samples. `rows`: ROWS_SCHEMA."""
+def _write_index(
+    to: Store, scan: ScannedShard, rows: pa.Table, encoder: LabelEncoder, types: dict[str, str]
+) -> _IndexedShard:
+    """Write the index of a tar, unless it has no samples.
+
+    Args:
+        rows: `rows_schema`.
+        types: of the kept columns.
+    """
     texts, skipped = rows["label"].to_pylist(), SkippedSamples(allowed=True)
     if encoder.first_problem:
         problems = {text: encoder.problem(text) for text in set(texts)}
@@ -183,9 +198,7 @@ def _write_index(to: Store, scan: ScannedShard, rows: pa.Table, encoder: LabelEn
         rows = rows.filter(pa.array([problems[text] is None for text in texts], pa.bool_()))
         texts = [text for text in texts if problems[text] is None]
     labels = encoder.encode(texts)
-    index = rows.set_column(rows.column_names.index("label"), "label", labels).cast(
-        index_schema(encoder.kind)
-    )
+    index = index_table(rows, labels, types)
     if len(index):
         to.write(index_name(scan.name), to_parquet(index))
     row = {
@@ -197,6 +210,56 @@ def _write_index(to: Store, scan: ScannedShard, rows: pa.Table, encoder: LabelEn
     }
     missing = pc.equal(labels, NO_LABEL) if encoder.kind == "class" else pc.is_null(labels)
     return _IndexedShard(row, pc.sum(index["size"]).as_py() or 0, pc.sum(missing).as_py() or 0, skipped)
+
+
+def index_table(rows: pa.Table, labels: pa.Array, types: dict[str, str]) -> pa.Table:
+    """The index of a tar: INDEX_SCHEMA with these labels, then the kept columns.
+
+    Args:
+        rows: `rows_schema`.
+        labels: `label_type` of their kind.
+        types: of the kept columns, see `KEPT_TYPES`.
+    """
+    place = INDEX_SCHEMA.get_field_index("label")
+    schema = INDEX_SCHEMA.set(place, pa.field("label", labels.type))
+    index = rows.select(INDEX_SCHEMA.names).set_column(place, "label", labels).cast(schema)
+    for name, kind in types.items():
+        index = index.append_column(name, kept_array(rows[name].to_pylist(), kind))
+    return index
+
+
+def built_fields(fields: Fields, types: dict[str, str]) -> dict[str, Any]:
+    """The fields that were chosen, for the manifest: `fields_of` reads them back."""
+    built = {
+        "image": fields.image,
+        "label": fields.label,
+        "label_kind": fields.kind,
+        "keep_json": ",".join(fields.keep) or None,
+        "kept_types": ",".join(types.values()) or None,
+        "split_at": fields.split_at if fields.split_at != "first-dot" else None,
+    }
+    return {name: value for name, value in built.items() if value is not None}
+
+
+def fields_of(built: dict[str, Any]) -> tuple[Fields, dict[str, str]]:
+    """The fields that `built_fields` recorded, and the types of the kept columns."""
+    fields = parse_fields(
+        built.get("image"),
+        built.get("label"),
+        built.get("label_kind"),
+        built.get("keep_json"),
+        built.get("split_at", "first-dot"),
+    )
+    return fields, dict(zip(fields.columns, built.get("kept_types", "").split(","), strict=False))
+
+
+def no_images(store: Store, tars: int, fields: Fields, skipped: SkippedSamples) -> str:
+    """The error for tars without images."""
+    if fields.image:
+        why = f"no sample has a file .{fields.images[0]}, which --image names"
+    else:
+        why = f"the extension, after the first dot of the file name, must be {', '.join(IMAGE_TYPES)}"
+    return f"{store.url}: no images in {plural(tars, 'tar')}: {why}{''.join(f'; {line}' for line in skipped.listed[:1])}"
 
 
 def _place(shard: str, rows: pa.Table, i: int) -> str:
@@ -245,15 +308,15 @@ class RowSpool:
     the same hash are not taken for duplicates.
     """
 
-    def __init__(self, store: Store, names: list[str]) -> None:
-        self.store, self.names = store, names
+    def __init__(self, store: Store, names: list[str], schema: pa.Schema) -> None:
+        self.store, self.names, self.schema = store, names, schema
         self.count = 0  # of tars
         self.rows = 0
         # Sorted arrays: hashes of keys, and the number of the tar of each.
         self.runs: list[tuple[npt.NDArray[np.uint64], npt.NDArray[np.int32]]] = []
 
     def add(self, rows: pa.Table) -> None:
-        """Add the rows (ROWS_SCHEMA) of the next tar."""
+        """Add the rows (`rows_schema`) of the next tar."""
         self.store.write(f"{self.count}.parquet", to_parquet(rows))
         self.rows += len(rows)
         hashes = _hashes(rows["key"].to_pylist())
@@ -267,9 +330,9 @@ class RowSpool:
             self.runs.append((hashes[order], shards[order]))
 
     def read(self, number: int) -> pa.Table:
-        """The rows (ROWS_SCHEMA) of a tar, counted from 0."""
+        """The rows (`rows_schema`) of a tar, counted from 0."""
         name = f"{number}.parquet"
-        return parse_parquet(name, read_file(self.store, name), ROWS_SCHEMA, ROWS_SCHEMA.names)
+        return parse_parquet(name, read_file(self.store, name), self.schema, self.schema.names)
 
     def find_keys(self, keys: list[str]) -> dict[str, str]:
         """Those of `keys` that were added before, each with its place: "byte 1024 of a.tar"."""

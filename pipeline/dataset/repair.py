@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.dataset.dataset import Dataset, open_dataset
+from pipeline.dataset.index import fields_of, index_table
 from pipeline.dataset.labels import LabelEncoder
 from pipeline.dataset.manifest import (
     BUILDING,
@@ -18,11 +19,10 @@ from pipeline.dataset.manifest import (
     content_digest,
     fingerprint,
     index_name,
-    index_schema,
     write_dataset,
 )
 from pipeline.dataset.verify import VerifyJob, find_damage, verify_jobs
-from pipeline.dataset.webdataset import ScannedShard, image_kinds, scan_shard
+from pipeline.dataset.webdataset import ScannedShard, ScanOptions, image_kinds, scan_shard
 from pipeline.errors import UserError
 from pipeline.images.kinds import ImageKinds
 from pipeline.parallel import ParallelMap
@@ -69,7 +69,7 @@ def repair(url: str, run: ParallelMap = map, on_shard: Callable[[], None] = lamb
             result.unrepaired += [f"{problem}; {again}" for problem in found.problems]
         else:
             job = next(job for job in verify_jobs(dataset) if job.name == found.name)
-            _repair_index(job, encoder, result)
+            _repair_index(job, dataset.manifest, encoder, result)
     return result
 
 
@@ -85,8 +85,10 @@ def encoder_of(manifest: Manifest) -> LabelEncoder:
     )
 
 
-def _repair_index(job: VerifyJob, encoder: LabelEncoder, result: RepairResult) -> None:
-    index, _ = _index_of_tar(open_tars(job.shard_store), job.name, job.checksums, encoder)
+def _repair_index(job: VerifyJob, manifest: Manifest, encoder: LabelEncoder, result: RepairResult) -> None:
+    index, _ = _index_of_tar(
+        open_tars(job.shard_store), job.name, manifest.checksums, manifest.built, encoder
+    )
     name = index_name(job.name)
     if content_digest(index) != job.content:
         result.unrepaired.append(
@@ -99,10 +101,11 @@ def _repair_index(job: VerifyJob, encoder: LabelEncoder, result: RepairResult) -
 
 
 def _index_of_tar(
-    store: Store, name: str, checksums: bool, encoder: LabelEncoder
+    store: Store, name: str, checksums: bool, built: dict[str, Any], encoder: LabelEncoder
 ) -> tuple[pa.Table, ScannedShard]:
-    """Return the index (`index_schema`) of a tar, and what else was found in it. UserError if the tar is damaged."""
-    scan = scan_shard(store, name, checksums, skip_damaged=False)
+    """Return the index (`index_table`) of a tar, and what else was found in it. UserError if the tar is damaged."""
+    fields, types = fields_of(built)
+    scan = scan_shard(store, name, ScanOptions(checksums, False, fields))
     try:
         labels = encoder.encode(scan.rows["label"].to_pylist())
     except (KeyError, ValueError) as error:
@@ -110,8 +113,7 @@ def _index_of_tar(
             f"{store.describe(name)} has labels that are not in the manifest, or the manifest is lost, and with it the numbers "
             f"of the classes ({error}): run `maestream shards index --overwrite` to number the classes again"
         ) from None
-    rows = scan.rows.set_column(scan.rows.column_names.index("label"), "label", labels)
-    return rows.cast(index_schema(encoder.kind)), scan
+    return index_table(scan.rows, labels, types), scan
 
 
 def _repair_tables(store: Store, run: ParallelMap, result: RepairResult, problem: str) -> Dataset:
@@ -126,7 +128,10 @@ def _repair_tables(store: Store, run: ParallelMap, result: RepairResult, problem
     checksums = before is None or before.checksums
     encoder = encoder_of(before) if before else LabelEncoder("class", [])
     rows = sorted(
-        run(_scan_tar, [_ScanJob(store.url, name, checksums, encoder) for name in names]),
+        run(
+            _scan_tar,
+            [_ScanJob(store.url, name, checksums, before.built if before else {}, encoder) for name in names],
+        ),
         key=lambda row: str(row["name"]),
     )
     table = pa.Table.from_pylist(rows, schema=SHARDS_SCHEMA)
@@ -172,6 +177,7 @@ class _ScanJob:
     url: str
     name: str
     checksums: bool
+    built: dict[str, Any]  # see `Manifest`
     encoder: LabelEncoder
 
 
@@ -181,7 +187,7 @@ def _scan_tar(job: _ScanJob) -> dict[str, Any]:
     UserError if the tar is damaged.
     """
     store = open_shared(job.url, job.name)
-    index, scan = _index_of_tar(store, job.name, job.checksums, job.encoder)
+    index, scan = _index_of_tar(store, job.name, job.checksums, job.built, job.encoder)
     folders: dict[int, set[str]] = {}
     for label, key in zip(index["label"].to_pylist(), index["key"].to_pylist(), strict=True):
         if job.encoder.kind == "class" and label != NO_LABEL:

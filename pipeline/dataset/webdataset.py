@@ -2,42 +2,48 @@
 
 WebDataset's rules: a sample is a group of adjacent files with the same key. The key is the file's path up to the first
 dot of the file name; the rest, in lower case, is the extension. So `cat/1.jpg` and `cat/1.cls` are the sample `cat/1`.
+`--split-at last-dot` is for names with dots: then `22.05.png` and `22.06.png` are two samples.
 
-If a sample has several images, the one whose extension comes first in IMAGE_TYPES is used. The label is the text of the
-`.cls` file: a number or a class name. Without a `.cls` file it is the first of JSON_FIELDS in the `.json` file that is
-an integer or a text.
+Hidden files and folders, and `__MACOSX`, which macOS's tar and zip add, belong to no sample. Which file is a sample's image,
+and what its label is, is in `pipeline.dataset.tar_sample`.
 """
 
-import contextlib
 import hashlib
-import json
 import re
 import tarfile
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 from crc32c import crc32c
 
-from pipeline.dataset.fields import label_value
+from pipeline.dataset.fields import Fields, kept_kind, kept_text
 from pipeline.dataset.manifest import INDEX_SCHEMA
+from pipeline.dataset.scan_notes import ScanNotes
+from pipeline.dataset.tar_sample import Candidate, TarSample, is_candidate, is_read
 from pipeline.errors import UserError
 from pipeline.images.convert import significant_bits
-from pipeline.images.formats import EXTENSIONS, ImageInfo, image_info, read_pixels
+from pipeline.images.formats import ImageInfo, image_info, read_pixels
 from pipeline.images.kinds import ImageKinds, bits_of
 from pipeline.parallel import THREADS, map_ahead
 from pipeline.storage.ranged_file import RangedFile
 from pipeline.storage.store import Store
 from pipeline.storage.tar_reader import COMPRESSED, TarDamageError, tar_members
 
-IMAGE_TYPES = tuple(EXTENSIONS)  # file extensions, best first
+NO_FIELDS = Fields()
 MAX_DEEP = 64  # 16-bit images whose values are looked at to find how many bits they use
-JSON_FIELDS = ("label", "cls", "class")
 MAX_LABEL_FILE = 1 << 20  # largest .cls or .json file in bytes
 MAX_LISTED = 20  # skipped samples that are listed by name
 
-# INDEX_SCHEMA with labels as text, "" for none.
-ROWS_SCHEMA = pa.schema([pa.field("label", pa.string()) if f.name == "label" else f for f in INDEX_SCHEMA])
+
+@dataclass(frozen=True)
+class ScanOptions:
+    """How tars are scanned."""
+
+    checksums: bool = False  # whether to read all bytes; otherwise only headers are read
+    skip_damaged: bool = False  # whether to skip damaged samples; otherwise the first one is an error
+    fields: Fields = NO_FIELDS
 
 
 @dataclass
@@ -46,18 +52,19 @@ class SkippedSamples:
 
     allowed: bool
     count: int = 0
-    listed: list[str] = field(default_factory=list)  # the first MAX_LISTED, one line each
+    limit: int = MAX_LISTED
+    listed: list[str] = field(default_factory=list)  # the first `limit`, one line each
 
-    def add(self, line: str) -> None:
+    def add(self, line: str, cure: str = "Repair the file") -> None:
         """Count a damaged sample; `line` describes it. UserError if samples may not be skipped."""
         if not self.allowed:
-            raise UserError(f"{line}. Repair the file, or pass --skip-damaged to skip damaged samples")
+            raise UserError(f"{line}. {cure}, or pass --skip-damaged to skip damaged samples")
         self.count += 1
-        self.listed = [*self.listed, line][:MAX_LISTED]
+        self.listed = [*self.listed, line][: self.limit]
 
     def merge(self, other: "SkippedSamples") -> None:
         self.count += other.count
-        self.listed = (self.listed + other.listed)[:MAX_LISTED]
+        self.listed = (self.listed + other.listed)[: self.limit]
 
 
 @dataclass
@@ -67,46 +74,41 @@ class ScannedShard:
     name: str
     bytes: int
     skipped: SkippedSamples
-    rows: pa.Table = None  # ROWS_SCHEMA, in the tar's order
+    rows: pa.Table = None  # `rows_schema`, in the tar's order
     sha256: str = ""  # of the tar; "" if its bytes were not read
     without_image: int = 0  # number of samples without an image; they are not in `rows`
     other_files: int = 0  # number of files that belong to no sample, such as ._name
+    notes: ScanNotes = field(default_factory=ScanNotes)
     kinds: ImageKinds = field(default_factory=ImageKinds)  # types of its images
     # (offset, size in bytes) of some 16-bit images whose files do not say how many bits are used.
     deep: list[tuple[int, int]] = field(default_factory=list)
 
 
-@dataclass
-class _Sample:
-    """The sample whose files are being read."""
-
-    key: str
-    begin: int  # byte of its first header
-    extensions: set[str] = field(default_factory=set)
-    problem: str | None = None  # the first one found
-    image: str | None = None  # extension of the best image so far
-    row: dict[str, Any] = field(default_factory=dict)  # its columns of the index, see _read_image
-    info: ImageInfo | None = None  # what its header says
-    # Extension of the best image that cannot be read, and the reason. It matters only if there is no better image: a .npy
-    # file beside a .jpg may be anything.
-    unreadable: tuple[str, str] | None = None
-    cls: str | None = None
-    json: bytes | None = None
+def rows_schema(fields: Fields) -> pa.Schema:
+    """INDEX_SCHEMA with labels as text (see `label_value`), and kept values as JSON text, "" for none."""
+    columns = [pa.field("label", pa.string()) if f.name == "label" else f for f in INDEX_SCHEMA]
+    return pa.schema([*columns, *((name, pa.string()) for name in fields.columns)])
 
 
-def scan_shard(store: Store, name: str, checksums: bool, skip_damaged: bool) -> ScannedShard:
-    """Find the samples of a tar. Reads its headers, or with `checksums` all of its bytes.
+def scan_shard(store: Store, name: str, options: ScanOptions) -> ScannedShard:
+    """Find the samples of a tar. Reads its headers, or with checksums all of its bytes.
 
-    UserError if the tar is missing, compressed or, without `skip_damaged`, damaged.
+    UserError if the tar is missing, if it is unclear which image of a sample is meant, or if the tar is damaged or compressed
+    and that may not be skipped.
     """
-    digest = hashlib.sha256() if checksums else None
+    digest = hashlib.sha256() if options.checksums else None
+    skipped = SkippedSamples(options.skip_damaged)
     try:
         file = RangedFile(store, name, digest)
         if file.read_at(0, 8).startswith(COMPRESSED):
-            raise UserError(compressed_message(store, name))
-        scan = _scan(file, SkippedSamples(skip_damaged))
+            skipped.add(compressed_message(store, name), "Decompress it")
+            return ScannedShard(name, file.size, skipped, rows_schema(options.fields).empty_table())
+        scan = _Scan(file, skipped, options.fields).run()
         if digest is not None:
-            file.read_at(file.size - 1, 1)  # the digest covers the whole file, also after a damaged header
+            if file.size:
+                file.read_at(
+                    file.size - 1, 1
+                )  # the digest covers the whole file, also after a damaged header
             scan.sha256 = digest.hexdigest()
     except FileNotFoundError:
         raise UserError(f"{store.describe(name)} was removed after the folder was listed") from None
@@ -121,53 +123,81 @@ def compressed_message(store: Store, name: str) -> str:
     )
 
 
-def _scan(file: RangedFile, skipped: SkippedSamples) -> ScannedShard:
-    scan = ScannedShard(file.name, file.size, skipped)
-    begins: dict[str, int] = {}  # key → byte of its first header
-    rows: list[dict[str, Any]] = []
-    sample: _Sample | None = None
+class _Scan:
+    """Scans one tar."""
 
-    def finish(sample: _Sample) -> None:
-        first = begins.setdefault(sample.key, sample.begin)
+    def __init__(self, file: RangedFile, skipped: SkippedSamples, fields: Fields) -> None:
+        self.file, self.fields = file, fields
+        self.scan = ScannedShard(file.name, file.size, skipped)
+        self.scan.notes.kept = {name: Counter() for name in fields.columns}
+        self.begins: dict[str, int] = {}  # key → byte of its first header
+        self.rows: list[dict[str, Any]] = []
+
+    def run(self) -> ScannedShard:
+        sample: TarSample | None = None
+        scan = self.scan
+        try:
+            for member in tar_members(self.file):
+                if member.isdir():
+                    continue
+                key, extension = split_name(member.name, self.fields.split_at)
+                if not key:
+                    scan.other_files += 1
+                    continue
+                if sample is None or sample.key != key:
+                    if sample is not None:
+                        self._finish(sample)
+                    sample = TarSample(key, member.offset)
+                _add_file(self.file, sample, member, extension, self.fields)
+            if sample is not None:
+                self._finish(sample)
+        except TarDamageError as damage:
+            # The last sample is skipped as well: more of its files may follow.
+            at = (
+                f"in or after {printable(sample.key)} at byte {sample.begin}"
+                if sample
+                else "at its first header"
+            )
+            scan.skipped.add(f"{scan.name}: {damage}, {at}; the rest of the tar cannot be read")
+        scan.rows = pa.Table.from_pylist(self.rows, schema=rows_schema(self.fields))
+        if not self.rows and not scan.skipped.count:
+            scan.notes.empty, scan.notes.empty_count = [scan.name], 1
+        return scan
+
+    def _finish(self, sample: TarSample) -> None:
+        """Add a sample whose files are read to the rows, or count why it is none."""
+        scan, place = self.scan, describe_sample(self.file.name, sample.key, sample.begin)
+        first = self.begins.setdefault(sample.key, sample.begin)
         if first != sample.begin:
             sample.problem = (
                 f"duplicate key, it is also at byte {first} (the files of a sample must be adjacent: create the tar with "
                 "--sort=name)"
             )
-        label = _label(sample)
-        if sample.unreadable and (sample.image is None or _is_better(sample.unreadable[0], sample.image)):
-            sample.problem = sample.problem or sample.unreadable[1]
+        image = None if sample.problem else sample.image(self.fields, place)
+        label, reason, kept = "", None, dict[str, Any]()
+        try:
+            label, reason = sample.label(self.fields)
+            kept = sample.kept(self.fields)
+        except ValueError as error:
+            sample.problem = sample.problem or str(error)
         if sample.problem:
-            skipped.add(f"{describe_sample(file.name, sample.key, sample.begin)}: {sample.problem}")
-        elif sample.image is None:
+            scan.skipped.add(f"{place}: {sample.problem}")
+        elif image is None:
             scan.without_image += 1
         else:
-            rows.append({"key": sample.key, **sample.row, "label": label})
-            _add_kind(scan, sample)
-
-    try:
-        for member in tar_members(file):
-            if member.isdir():
-                continue
-            key, extension = split_name(member.name)
-            if not key:
-                scan.other_files += 1
-                continue
-            if sample is None or sample.key != key:
-                if sample is not None:
-                    finish(sample)
-                sample = _Sample(key, member.offset)
-            _add_file(file, sample, member, extension)
-        if sample is not None:
-            finish(sample)
-    except TarDamageError as damage:
-        # The last sample is skipped as well: more of its files may follow.
-        at = (
-            f"in or after {printable(sample.key)} at byte {sample.begin}" if sample else "at its first header"
-        )
-        skipped.add(f"{file.name}: {damage}, {at}; the rest of the tar cannot be read")
-    scan.rows = pa.Table.from_pylist(rows, schema=ROWS_SCHEMA)
-    return scan
+            self.rows.append(
+                {"key": sample.key, **image.row, "label": label, **{n: kept_text(v) for n, v in kept.items()}}
+            )
+            assert image.info is not None
+            _add_kind(scan, place, image.row, image.info)
+            scan.notes.add_image(image, sample.candidates, place)
+            scan.notes.check_prefixes(scan.name, self.fields)
+            scan.notes.labelled += label != ""
+            if reason:
+                scan.notes.add_no_label(reason, place)
+            for name, value in kept.items():
+                if kind := kept_kind(value):
+                    scan.notes.kept[name][kind] += 1
 
 
 def describe_sample(shard: str, key: str, byte: int) -> str:
@@ -180,16 +210,27 @@ def printable(text: str) -> str:
     return text if text.isprintable() else ascii(text)
 
 
-def split_name(name: str) -> tuple[str, str]:
-    """Split a path into key and extension. The key is "" for files that WebDataset skips."""
+def split_name(name: str, split_at: str = "first-dot") -> tuple[str, str]:
+    """Split a path into key and extension. The key is "" for files that belong to no sample."""
     folder, slash, base = name.rpartition("/")
-    stem, dot, extension = base.partition(".")
-    if not stem or not dot or re.match(r"__[^/]*__($|/)", name):
+    stem, dot, extension = base.rpartition(".") if split_at == "last-dot" else base.partition(".")
+    if base.startswith(".") or not dot or re.match(r"__[^/]*__($|/)", name):
+        return "", ""
+    if is_hidden(folder):
         return "", ""
     return folder + slash + stem, extension.lower()
 
 
-def _add_file(file: RangedFile, sample: _Sample, member: tarfile.TarInfo, extension: str) -> None:
+def is_hidden(path: str) -> bool:
+    """Whether a file or folder is hidden, or macOS's: `.name`, or in a folder `.name` or `__MACOSX`."""
+    return any(
+        part == "__MACOSX" or (part.startswith(".") and part not in (".", "..")) for part in path.split("/")
+    )
+
+
+def _add_file(
+    file: RangedFile, sample: TarSample, member: tarfile.TarInfo, extension: str, fields: Fields
+) -> None:
     """Add a file to its sample."""
     sample.problem = sample.problem or _header_problem(member)
     if extension in sample.extensions:
@@ -200,40 +241,28 @@ def _add_file(file: RangedFile, sample: _Sample, member: tarfile.TarInfo, extens
     if member.offset_data + member.size > file.size:
         what = f"the tar is cut off at byte {file.size}, inside {printable(member.name)}"
         raise TarDamageError(what)
-    if extension in ("cls", "json"):
+    if is_read(extension, fields):
         if member.size > MAX_LABEL_FILE:
             sample.problem = (
                 sample.problem
                 or f"its .{extension} file is too large ({member.size} bytes, at most {MAX_LABEL_FILE})"
             )
-        elif extension == "cls":
-            sample.cls = file.read_at(member.offset_data, member.size).decode("utf-8", "replace").strip()
         else:
-            sample.json = file.read_at(member.offset_data, member.size)
-    elif extension in IMAGE_TYPES and not sample.problem:
+            sample.texts[extension] = file.read_at(member.offset_data, member.size)
+    elif is_candidate(extension, fields) and not sample.problem:
         try:
-            row, info = _read_image(file, member)
+            candidate = Candidate(extension, *_read_image(file, member))
         except ValueError as error:
-            if sample.unreadable is None or _is_better(extension, sample.unreadable[0]):
-                sample.unreadable = extension, f"{printable(member.name)}: {error}"
-        else:
-            if sample.image is None or _is_better(extension, sample.image):
-                sample.image, sample.row, sample.info = extension, row, info
+            candidate = Candidate(extension, {}, None, f"{printable(member.name)}: {error}")
+        sample.candidates.append(candidate)
 
 
-def _is_better(extension: str, other: str) -> bool:
-    return IMAGE_TYPES.index(extension) < IMAGE_TYPES.index(other)
-
-
-def _add_kind(scan: ScannedShard, sample: _Sample) -> None:
-    """Record the type of a sample's image."""
-    info = sample.info
-    assert info is not None
+def _add_kind(scan: ScannedShard, place: str, row: dict[str, Any], info: ImageInfo) -> None:
+    """Record the type of a sample's image. `place` describes the sample."""
     says_bits = info.dtype == "uint16" and info.bits < 16
-    name = describe_sample(scan.name, sample.key, sample.begin)
-    scan.kinds.add(name, info.channels, info.dtype, info.bits if says_bits else 0)
+    scan.kinds.add(place, info.channels, info.dtype, info.bits if says_bits else 0)
     if info.dtype == "uint16" and not says_bits and len(scan.deep) < MAX_DEEP:
-        scan.deep.append((sample.row["offset"], sample.row["size"]))
+        scan.deep.append((row["offset"], row["size"]))
 
 
 def image_kinds(store: Store, scans: list[ScannedShard], bits: int | None = None) -> ImageKinds:
@@ -300,32 +329,3 @@ def _read_image(file: RangedFile, member: tarfile.TarInfo) -> tuple[dict[str, in
         info = image_info(lambda at, n: data[at : at + n], size)
     row = {"offset": offset, "size": size, "width": info.width, "height": info.height, "crc32c": crc}
     return row, info
-
-
-def _label(sample: _Sample) -> str:
-    """Return the label as text (see `label_value`), "" for none. Sets the sample's problem if the label cannot be read."""
-    try:
-        if sample.cls is not None:
-            if not sample.cls:
-                raise ValueError("it is empty")
-            return label_value(sample.cls, chosen=True)
-    except ValueError as error:
-        sample.problem = sample.problem or f"its .cls file cannot be a label: {error}"
-        return ""
-    if sample.json is None:
-        return ""
-    try:
-        tree = json.loads(sample.json)
-    except (ValueError, RecursionError):
-        sample.problem = sample.problem or "its .json file is not valid JSON"
-        return ""
-    return _json_label(tree)
-
-
-def _json_label(tree: Any) -> str:
-    """The first of JSON_FIELDS that is a label, or ""."""
-    for name in JSON_FIELDS if isinstance(tree, dict) else ():
-        with contextlib.suppress(ValueError):
-            if text := label_value(tree.get(name)):
-                return text
-    return ""

@@ -8,14 +8,14 @@ the dataset finds the old one or the new one. A run that opened the old one stil
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline.dataset.dataset import Dataset, open_dataset
-from pipeline.dataset.index import find_shards, index_shards
+from pipeline.dataset.index import fields_of, find_shards, index_shards
 from pipeline.dataset.manifest import (
     BUILDING,
     MANIFEST,
@@ -142,6 +142,7 @@ def _open(dataset: Dataset, source: str, scratch: Path, skip_damaged: bool) -> _
             f"{store.url}: {dataset.store.url} has {plural(len(names), 'tar')} of it already, and there is no other"
         )
     ours = dataset.manifest
+    fields, _ = fields_of(ours.built)  # of the tars that the dataset has
     index_shards(
         store,
         fresh,
@@ -149,7 +150,7 @@ def _open(dataset: Dataset, source: str, scratch: Path, skip_damaged: bool) -> _
         checksums=ours.checksums,
         bits=ours.pixels.bits if ours.pixels.bits != 16 else None,
         skip_damaged=skip_damaged,
-        kind=ours.labels if ours.classes else None,
+        fields=replace(fields, kind=fields.kind or (ours.labels if ours.classes else None)),
     )
     found = open_dataset(str(scratch))
     return _New(found, _class_names(dataset, found), len(names) - len(fresh))

@@ -158,7 +158,7 @@ def build(source: str, dest: str, **options: Any) -> None:
         source=SourceOptions(
             options["splits"],
             options["allow_empty_classes"],
-            parse_fields(options["image"], options["label"], options["kind"], options["keep"]),
+            parse_fields(*(options[name] for name in ("image", "label", "kind", "keep", "split_at"))),
         ),
     )
     started = time.monotonic()

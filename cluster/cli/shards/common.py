@@ -62,6 +62,13 @@ def fields_options(command: Callable[..., None]) -> Callable[..., None]:
                 metavar="FIELDS",
                 help="Fields of .json files, or columns, to keep as columns of the index: score,NAME=path.to.field.",
             ),
+            click.option(
+                "--split-at",
+                type=click.Choice(["first-dot", "last-dot"]),
+                default="first-dot",
+                show_default=True,
+                help="Where the name of a sample ends in the file names of a tar: WebDataset's rule, or for names with dots.",
+            ),
         )
     ):
         command = option(command)

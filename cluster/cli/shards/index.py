@@ -1,11 +1,13 @@
 """`maestream shards index`."""
 
+from typing import Any
+
 import click
 
 from cluster.cli.options import anonymous_option
-from cluster.cli.shards.common import NO_CHECKSUMS, bits_option, summary
+from cluster.cli.shards.common import NO_CHECKSUMS, bits_option, fields_options, summary
 from cluster.terminal.console import console, progress_bar
-from pipeline.dataset.manifest import LabelKind
+from pipeline.dataset.fields import parse_fields
 from pipeline.storage.store import open_store
 from pipeline.text import plural
 
@@ -20,14 +22,11 @@ from pipeline.text import plural
     is_flag=True,
     help="Read every byte and store checksums, so that corruption is detected later.",
 )
-@click.option(
-    "--label-kind",
-    "kind",
-    type=click.Choice(["class", "classes", "numbers"]),
-    help="What labels are: one class, several classes, or numbers to predict.  [default: decided from all labels]",
-)
+@fields_options
 @bits_option
-@click.option("--skip-damaged", is_flag=True, help="Skip damaged samples and list them, instead of stopping.")
+@click.option(
+    "--skip-damaged", is_flag=True, help="Skip damaged samples and tars, and list them, instead of stopping."
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing index and manifest.")
 @anonymous_option("dest", "the tars in FOLDER")
 def index(
@@ -35,20 +34,21 @@ def index(
     to: str | None,
     checksums: bool,
     bits: int | None,
-    kind: LabelKind | None,
     skip_damaged: bool,
     overwrite: bool,
+    **options: Any,
 ) -> None:
     """Make a dataset of existing WebDataset tars.
 
     Writes an index and a manifest for all tars in FOLDER, and leaves the tars as they are. Only the headers in the
-    tars are read, unless --checksums is given. Images are files of any format that `shards build` reads; labels are .cls files, or the
-    key "label", "cls" or "class" of .json files.
+    tars are read, unless --checksums is given. By default images are the files with the extension of an image, and labels are
+    .cls files, or the field "label", "cls" or "class" of .json files.
     """
     from pipeline.dataset.index import find_shards, index_shards
 
     store = open_store(dest)
-    names = find_shards(store)
+    fields = parse_fields(**options)
+    names = find_shards(store, skip_damaged)
     with progress_bar() as progress:
         task = progress.add_task("shards", total=len(names))
         found = index_shards(
@@ -58,7 +58,7 @@ def index(
             checksums=checksums,
             bits=bits,
             skip_damaged=skip_damaged,
-            kind=kind,
+            fields=fields,
             overwrite=overwrite,
             on_shard=lambda: progress.advance(task),
         )

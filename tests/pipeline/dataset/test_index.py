@@ -114,7 +114,6 @@ def test_image_formats_and_which_of_several_images_is_used(tmp_path: Path) -> No
         "d.webp": large, "e.webp": extended, "f.webp": lossless,
         "g.webp": large, "g.png": picture(4, "PNG"), "g.jpg": picture(5), "g.jpeg": picture(6),
         "h.txt": b"no image", "h.json": b"{}",
-        "i.left.jpg": picture(7),
     }  # fmt: skip
     pack(tmp_path / "a.tar", files)
     found = index(tmp_path)
@@ -129,7 +128,11 @@ def test_image_formats_and_which_of_several_images_is_used(tmp_path: Path) -> No
         (100, 306),
         (30, 20),
     ]
-    assert (found.without_image, found.without_label) == (2, 7)
+    assert (found.without_image, found.without_label) == (1, 7)
+    assert found.notes == [
+        "1 sample with several images: used .webp (3) and .jpg (2) and .jpeg (1) and .png (1), not .webp (1) and .png (1) and "
+        ".jpeg (1) (--image chooses)"
+    ]
 
 
 def test_labels_are_numbers_or_class_names_or_missing(tmp_path: Path) -> None:
@@ -283,7 +286,7 @@ def test_a_failed_index_keeps_the_existing_dataset(tmp_path: Path) -> None:
 def test_folders_that_cannot_be_indexed(tmp_path: Path) -> None:
     assert "no such folder" in refused(tmp_path / "nowhere")
     assert "has no .tar files" in refused(tmp_path)
-    pack(tmp_path / "a.tar", {"n01.123.jpg": picture(0), "x.txt": b"x"})
+    pack(tmp_path / "a.tar", {"n01.123.raw": picture(0), "x.txt": b"x"})
     assert "after the first dot of the file name" in refused(tmp_path)
     build_dataset("synthetic:?count=4", str(tmp_path / "half"), 100_000)
     (tmp_path / "half" / "manifest.json").rename(tmp_path / "half" / "building.json")

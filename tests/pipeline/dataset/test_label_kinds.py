@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pipeline.dataset.dataset import Dataset, open_dataset
+from pipeline.dataset.fields import Fields
 from pipeline.dataset.histograms import draw_histograms
 from pipeline.dataset.manifest import NO_LABEL, LabelKind, content_digest
 from pipeline.dataset.repair import repair
@@ -104,8 +105,8 @@ def test_an_index_with_labels_that_the_manifest_does_not_have_is_damaged(
 def test_flags_and_the_users_kind_are_repaired_too(tmp_path: Path) -> None:
     for labels, options in (
         ([[0, 1, 1], [0, 0, 1], [0, 0, 0], [1, 0, 0]], {}),
-        (["1 4", "2", "0", "3"], {"kind": "classes"}),
-        (["1 4", 2, 0.5, 3], {"kind": "class"}),
+        (["1 4", "2", "0", "3"], {"fields": Fields(kind="classes")}),
+        (["1 4", 2, 0.5, 3], {"fields": Fields(kind="class")}),
     ):
         labelled(tmp_path, labels, **options)
         path = tmp_path / "index/0.parquet"

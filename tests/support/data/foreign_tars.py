@@ -5,6 +5,7 @@ import io
 import random
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,12 +52,14 @@ def samples(keys: list[str], first: int = 0) -> Files:
     }
 
 
-def index(url: Path | str, to: Path | str | None = None, **options: bool) -> IndexResult:
+def index(url: Path | str, to: Path | str | None = None, **options: Any) -> IndexResult:
     store = open_store(str(url))
-    return index_shards(store, find_shards(store), open_store(str(to or url)), **options)
+    return index_shards(
+        store, find_shards(store, bool(options.get("skip_damaged"))), open_store(str(to or url)), **options
+    )
 
 
-def refused(url: Path | str, **options: bool) -> str:
+def refused(url: Path | str, **options: Any) -> str:
     with pytest.raises(UserError) as caught:
         index(url, **options)
     return str(caught.value)
