@@ -294,7 +294,7 @@ def _float(number: float) -> float:
     try:
         return float(number)
     except OverflowError:  # a whole number of more than 300 digits
-        return math.copysign(math.inf, number)
+        return math.inf if number > 0 else -math.inf
 
 
 def kept_type_name(kind: pa.DataType) -> str:
