@@ -52,8 +52,9 @@ def run(text: str) -> str:
     """Output of a command, made smaller; `maestream` runs in this process, which saves the seconds that imports take."""
     for large, small in SMALLER.items():
         text = text.replace(large, small)
-    ((program, *words),) = shell_words(text)
-    if program == "maestream":
+    commands = list(shell_words(text))
+    if commands[0][0] == "maestream":
+        ((_, *words),) = commands
         return printed(*words, *SMALL.get(words[0], ()))
     return subprocess.run(text, shell=True, capture_output=True, text=True, check=True).stdout
 
