@@ -6,7 +6,7 @@ squared distances from it (Chan, Golub and LeVeque 1983), so that no digits canc
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.dataset.statistics import SCALES, Statistics
 from pipeline.errors import UserError, why_undecodable
 from pipeline.hashing import hash64
-from pipeline.images.convert import LUMA, convert, significant_bits
+from pipeline.images.convert import convert, significant_bits, to_grey
 from pipeline.images.formats import read_pixels
 from pipeline.images.pixels import Pixels
 from pipeline.loading.readahead import read_samples
@@ -36,35 +36,35 @@ Array = npt.NDArray[Any]
 
 
 @dataclass
-class Moments:
-    """Number, mean and summed squared distance from the mean of values."""
+class FloatMoments:
+    """Number, mean and summed squared distance from the mean of floats."""
 
     count: int = 0
     mean: float = 0.0
     squares: float = 0.0
 
-    def add(self, count: int, mean: float, squares: float) -> None:
-        """Add other values, described in the same way."""
-        if not count:
+    def add_values(self, values: Array) -> None:
+        """Add values, float[n]."""
+        if len(values):
+            doubles = values.astype(np.float64)
+            mean = float(doubles.mean())
+            self.add(FloatMoments(len(values), mean, float(np.square(doubles - mean).sum())))
+
+    def add(self, other: "FloatMoments") -> None:
+        """Add the values of another one."""
+        if not other.count:
             return
-        total, distance = self.count + count, mean - self.mean
-        self.mean += distance * count / total
-        self.squares += squares + distance * distance * self.count * count / total
+        total, distance = self.count + other.count, other.mean - self.mean
+        self.mean += distance * other.count / total
+        self.squares += other.squares + distance * distance * self.count * other.count / total
         self.count = total
 
-    def add_values(self, values: Array) -> None:
-        """Add values, float64[n]."""
-        if len(values):
-            mean = float(values.mean())
-            self.add(len(values), mean, float(np.square(values - mean).sum()))
-
-    @property
-    def std(self) -> float:
-        return math.sqrt(self.squares / self.count)
+    def mean_and_std(self) -> tuple[float, float]:
+        return self.mean, math.sqrt(self.squares / self.count)
 
 
 @dataclass
-class ExactMoments:
+class IntegerMoments:
     """Number, sum and sum of squares of integers. Adding them is exact."""
 
     count: int = 0
@@ -72,15 +72,23 @@ class ExactMoments:
     squares: int = 0
 
     def add_values(self, values: Array) -> None:
-        """Add at most BLOCK_PIXELS integers below 2^16, as float64[n]."""
+        """Add values, uint8[n] or uint16[n] with n < 2^31."""
+        counts = np.bincount(values)
+        numbers = np.arange(len(counts))
         self.count += len(values)
-        self.total += int(values.sum())
-        self.squares += int(values @ values)
+        self.total += int(counts @ numbers)
+        self.squares += int(counts @ numbers**2)
 
-    def moments(self) -> Moments:
+    def add(self, other: "IntegerMoments") -> None:
+        """Add the values of another one."""
+        self.count += other.count
+        self.total += other.total
+        self.squares += other.squares
+
+    def mean_and_std(self) -> tuple[float, float]:
         # Division of Python's integers is correctly rounded.
-        squares = (self.count * self.squares - self.total**2) / self.count
-        return Moments(self.count, self.total / self.count, squares)
+        variance = (self.count * self.squares - self.total**2) / self.count**2
+        return self.total / self.count, math.sqrt(variance)
 
 
 @dataclass(frozen=True)
@@ -97,9 +105,9 @@ class JobResult:
     """The sums over the samples of a job."""
 
     number: int
-    exact: list[ExactMoments]  # of each channel; used for integers
-    moments: list[Moments]  # of each channel; used for floats
-    grey: Moments = field(default_factory=Moments)
+    moments: list[
+        Any
+    ]  # FloatMoments or IntegerMoments of each channel; of 3 channels, also of the images converted to grey
     images: int = 0
     pixels: int = 0
     bad: list[str] = field(default_factory=list)  # images that cannot be read, which are left out
@@ -146,17 +154,19 @@ def compute_statistics(
     if not images:
         raise UserError(f"{dataset.store.url}: none of {plural(len(ids), 'image')} can be read ({bad[0]})")
     pixels = dataset.manifest.pixels
-    moments = _add_up(results, pixels.dtype != "float32")
-    grey = Moments()
+    total = _new_moments(pixels)
     for result in results:
-        grey.add(result.grey.count, result.grey.mean, result.grey.squares)
+        for moments, part in zip(total, result.moments, strict=True):
+            moments.add(part)
     scale = SCALES[pixels.dtype]
+    found = [(mean / scale, std / scale) for mean, std in (moments.mean_and_std() for moments in total)]
+    channels = found[: pixels.channels]
     statistics = Statistics(
         fingerprint=dataset.fingerprint,
         dtype=pixels.dtype,
-        mean=tuple(channel.mean / scale for channel in moments),
-        std=tuple(channel.std / scale for channel in moments),
-        grey=(grey.mean / scale, grey.std / scale) if grey.count else None,
+        mean=tuple(mean for mean, _ in channels),
+        std=tuple(std for _, std in channels),
+        grey=found[-1] if len(found) > len(channels) else None,
         images=images,
         pixels=sum(result.pixels for result in results),
         samples=None if whole else samples,
@@ -174,13 +184,15 @@ def sample_ids(total: int, samples: int, seed: int) -> Ints:
     return np.sort(best)
 
 
+def _new_moments(pixels: Pixels) -> list[Any]:
+    kind = FloatMoments if pixels.dtype == "float32" else IntegerMoments
+    return [kind() for _ in range(pixels.channels + (pixels.channels == 3))]
+
+
 def sum_pixels(job: StatisticsJob) -> JobResult:
     """Sum the pixels of a job's images."""
     dataset = open_dataset(job.url, already_reached=True)
-    channels = dataset.manifest.pixels.channels
-    result = JobResult(
-        job.number, [ExactMoments() for _ in range(channels)], [Moments() for _ in range(channels)]
-    )
+    result = JobResult(job.number, _new_moments(dataset.manifest.pixels))
     for sample, image in _read_images(dataset, job.ids):
         if isinstance(image, str):
             result.bad.append(f"{dataset.keys([sample])[0]}: {image}")
@@ -213,33 +225,12 @@ def _read(data: bytes | memoryview, pixels: Pixels) -> Array:
 
 def _add_image(result: JobResult, image: Array) -> None:
     """Add an image, [h, w, c]."""
-    exact = image.dtype != np.float32
-    channels: Sequence[ExactMoments | Moments] = result.exact if exact else result.moments
-    flat = image.reshape(-1, image.shape[2])
-    for first in range(0, len(flat), BLOCK_PIXELS):
-        block = flat[first : first + BLOCK_PIXELS].astype(np.float64)
-        for channel, moments in enumerate(channels):
-            moments.add_values(np.ascontiguousarray(block[:, channel]))
-        if block.shape[1] == 3:
-            result.grey.add_values(block @ (np.array(LUMA) / 65536))
+    rows = max(BLOCK_PIXELS // image.shape[1], 1)
+    for first in range(0, len(image), rows):
+        block = image[first : first + rows]
+        if block.shape[2] == 3:
+            block = np.concatenate([block, to_grey(block)], axis=2)
+        for channel, moments in enumerate(result.moments):
+            moments.add_values(block[..., channel].ravel())
     result.images += 1
-    result.pixels += len(flat)
-
-
-def _add_up(results: list[JobResult], exact: bool) -> list[Moments]:
-    """Return the moments of each channel over all jobs."""
-    moments = []
-    for channel in range(len(results[0].exact)):
-        if exact:
-            parts = [result.exact[channel] for result in results]
-            total = ExactMoments(
-                sum(p.count for p in parts), sum(p.total for p in parts), sum(p.squares for p in parts)
-            )
-            moments.append(total.moments())
-        else:
-            added = Moments()
-            for result in results:
-                part = result.moments[channel]
-                added.add(part.count, part.mean, part.squares)
-            moments.append(added)
-    return moments
+    result.pixels += image.shape[0] * image.shape[1]
