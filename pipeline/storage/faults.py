@@ -91,6 +91,8 @@ def _status_of(error: BaseException | None) -> int | None:
     answer = getattr(getattr(error, "__cause__", None), "response", None)
     if isinstance(answer, dict):  # s3fs raises its errors from botocore's
         return answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    if type(error) is OSError and str(error).startswith("Forbidden: "):  # gcsfs
+        return 403
     response = getattr(error, "response", None)
     # httpx and requests; azure; aiohttp; gcsfs
     for holder, name in (

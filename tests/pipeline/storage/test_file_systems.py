@@ -235,6 +235,16 @@ def test_answers_of_other_stores_are_retried_or_explained(where: str) -> None:
         raise HttpError(404, where)
 
 
+def test_gcsfs_says_forbidden_by_a_text() -> None:
+    error = OSError("Forbidden: b/bucket/o denied")
+    assert not faults.is_fault(error)
+    with (
+        pytest.raises(UserError, match=r"access denied.*GOOGLE_APPLICATION_CREDENTIALS"),
+        faults.as_user_error("gs://b/a"),
+    ):
+        raise error
+
+
 def test_a_body_that_is_cut_off_is_retried() -> None:
     error = aiohttp.ClientPayloadError("Response payload is not completed")
     error.__cause__ = ContentLengthError("Not enough data")  # it has a status, 400
