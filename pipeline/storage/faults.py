@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -51,6 +52,7 @@ CHECKSUM_CODES = {"XAmzContentSHA256Mismatch", "NotImplemented", "501", "Missing
 CHECKSUM_TEXT = re.compile(r"(?i)checksum|trailer|aws-chunked|x-amz-(content-sha256|sdk)|streaming-")
 CHECKSUM_VARIABLES = ("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION")
 
+MAX_TEXT = 300  # characters of a library's message: some have the whole response in it
 KEYS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 # Scheme → what to do if access is denied.
 ACCESS = {
@@ -151,7 +153,7 @@ def _is_storage_error(error: Exception) -> bool:
 def _advice(error: Exception, where: str) -> str:
     """Return what a storage error means and what to do about it."""
     scheme = scheme_of(where)
-    what = without_secrets(" ".join(str(error).split())) or type(error).__name__
+    what = without_secrets(textwrap.shorten(str(error), MAX_TEXT, placeholder=" …")) or type(error).__name__
     if isinstance(error, TimeoutError) and not str(error):
         what = "timed out before the whole response arrived"
     number = getattr(error, "errno", None)

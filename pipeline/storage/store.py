@@ -315,7 +315,12 @@ class Store:
                 self.fs.mv(partial, target)
             return
         if scheme != "s3" or os.path.getsize(file) <= PART_BYTES:
-            self.fs.put_file(file, target)
+            try:
+                self.fs.put_file(file, target)
+            except FileNotFoundError as error:
+                raise UserError(
+                    f"{self.url}: the bucket does not exist: create it, or check its name"
+                ) from error
             return
         # s3fs retries a part that fails; our retry would send all parts again.
         fs, _ = open_file_system(self.url, STALL_S, max_concurrency=PARTS)

@@ -235,6 +235,22 @@ def test_answers_of_other_stores_are_retried_or_explained(where: str) -> None:
         raise HttpError(404, where)
 
 
+def test_a_long_text_of_a_library_is_cut() -> None:
+    with pytest.raises(UserError) as found, faults.as_user_error("az://container/a"):
+        raise OSError("Server failed.\nContent: " + "<?xml …> " * 200)
+    assert len(str(found.value)) < 500
+
+
+def test_writing_to_a_bucket_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    def put_file(*_: Any) -> None:
+        raise FileNotFoundError("No such container")
+
+    store = open_store("memory://bucket/a")
+    monkeypatch.setattr(store.fs, "put_file", put_file)
+    with pytest.raises(UserError, match="the bucket does not exist"):
+        store.write("b", b"")
+
+
 def test_gcsfs_says_forbidden_by_a_text() -> None:
     error = OSError("Forbidden: b/bucket/o denied")
     assert not faults.is_fault(error)
