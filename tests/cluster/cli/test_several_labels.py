@@ -16,7 +16,7 @@ from pipeline.storage.store import open_store
 from tests.support.command_line import printed, refused
 from tests.support.data.foreign_tars import index, noise, pack
 from tests.support.data.labelled import labelled_dataset
-from tests.support.training.label_runs import config_of
+from tests.support.training.label_runs import SHAPE, config_of
 from tests.support.training.small_runs import train as pretrain
 from trainer.evaluate.features import label_column, labels_from_column
 from trainer.run.events import Events
@@ -54,6 +54,7 @@ def runs(
     folder = tmp_path_factory.mktemp("runs")
     for kind, dataset in datasets.items():
         changes: dict[str, Any] = {"mixing": {"mixup": 0, "cutmix": 0, "smoothing": 0}}
+        changes["model"] = {**SHAPE, "pool": "class"}  # transformers has no other heads
         config = config_of("finetune", "scratch", dataset.store.url, precision="float32", **changes)
         config, run = open_run(str(folder / kind), config, dataset)
         create_run(config, run, dataset)
@@ -104,9 +105,14 @@ def test_exports_predict_the_same_and_say_what(
     assert torch.equal(ours, theirs)
     if kind == "numbers":
         assert (ours > 500).all()  # in units of the labels, 1000.5 and more
-    printed("export", runs[kind], tmp_path / "timm", "--format", "timm")
-    with torch.no_grad():  # no other project knows of standardised numbers
-        torch.testing.assert_close(load_classifier(str(tmp_path / "timm"))(images), ours)
+    # Other projects do not know of standardised numbers.
+    for project in ("timm", "transformers"):
+        printed("export", runs[kind], tmp_path / project, "--format", project)
+        with torch.no_grad():
+            torch.testing.assert_close(load_classifier(str(tmp_path / project))(images), ours)
+    config = json.loads((tmp_path / "transformers/config.json").read_text())
+    problems = {"classes": "multi_label_classification", "numbers": "regression"}
+    assert config["problem_type"] == problems[kind]
     card = (tmp_path / "out/README.md").read_text()
     assert {"classes": "several classes per image", "numbers": "3 numbers per image"}[kind] in card
     assert {"classes": "validation mAP, %: ", "numbers": "validation R²: "}[kind] in card
