@@ -7,10 +7,9 @@ The table has the columns of ITEMS. If labels are not one class for each image, 
 that --keep-json keeps are further columns.
 """
 
-import contextlib
-import json
 import math
 import platform
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
@@ -22,7 +21,7 @@ import pyarrow.compute as pc
 from pipeline.arrays import Ints
 from pipeline.build import imagenet
 from pipeline.build.synthetic import draw_scene
-from pipeline.dataset.fields import Fields
+from pipeline.dataset.fields import Fields, kept_array, kept_kind, kept_text, kept_type
 from pipeline.dataset.manifest import NO_LABEL, LabelKind, label_type
 from pipeline.errors import UserError
 from pipeline.parallel import THREADS, map_ahead
@@ -241,16 +240,10 @@ def kept_names(items: pa.Table) -> list[str]:
 
 
 def kept_arrays(rows: list[dict[str, Any]], names: list[str]) -> dict[str, pa.Array]:
-    """The columns of kept values: numbers, true and false where all values of a column are, otherwise texts."""
+    """The columns of kept values, see `pipeline.dataset.fields`. A NaN is a missing value."""
     return {name: _kept_array([row.get(name) for row in rows]) for name in names}
 
 
 def _kept_array(values: list[Any]) -> pa.Array:
     values = [None if isinstance(value, float) and math.isnan(value) else value for value in values]
-    types = {type(value) for value in values} - {type(None)}
-    for allowed, kind in (({bool}, pa.bool_()), ({int}, pa.int64()), ({int, float}, pa.float64())):
-        if types and types <= allowed:
-            with contextlib.suppress(OverflowError, pa.ArrowInvalid):  # a number that is too large
-                return pa.array(values, kind)
-    texts = [v if v is None or isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in values]
-    return pa.array(texts, pa.string())
+    return kept_array(map(kept_text, values), kept_type(Counter(map(kept_kind, values))))

@@ -31,7 +31,9 @@ def test_build_show_and_verify(tmp_path: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{i}.jpg").write_bytes(draw_scene(0, i, 0))
     (tmp_path / "src" / "a" / "torn.jpg").write_bytes(draw_scene(0, 9, 0)[:9000])
+    (tmp_path / "src" / "a" / "notes.txt").write_text("mine")
     out = maestream("shards", "build", tmp_path / "src", tmp_path / "out").stdout
+    assert "note: ignored 1 other file: 1 .txt" in out
     assert "skipped a/torn.jpg: image file is truncated" in out
     assert "4 images in 1 shard," in out
     assert "1 skipped" in out

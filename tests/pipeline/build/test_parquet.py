@@ -99,7 +99,8 @@ def test_indexing_the_tars_again_gives_the_same_labels(column: Any, kind: str | 
     dataset = built(path, tmp_path / "out", **({"kind": kind} if kind else {}))
     store = open_store(str(tmp_path / "out"))
     again = tmp_path / "again"
-    index_shards(store, find_shards(store), open_store(str(again)), kind=kind, checksums=True)  # type: ignore[arg-type]
+    fields = parse_fields(kind=kind)
+    index_shards(store, find_shards(store), open_store(str(again)), fields=fields, checksums=True)
     second = open_dataset(str(again))
     assert label_of(second) == label_of(dataset)
     assert second.fingerprint == dataset.fingerprint
