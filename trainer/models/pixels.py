@@ -112,7 +112,8 @@ def _dataset_values(dataset: Dataset, channels: int) -> NormaliseConfig:
 def describe_normalisation(model: EncoderConfig) -> str:
     """Return one line on how a model normalises pixels."""
     mean, std = pixel_statistics(model)
-    what = {"uint8": "8-bit pixels / 255", "uint16": "16-bit pixels / 65535", "float32": "pixels"}
+    deep = f"{model.pixel_bits}-bit pixels / 65535"
+    what = {"uint8": "8-bit pixels / 255", "uint16": deep, "float32": "pixels"}
     if model.pixel_mean is None and model.channels == 3:
         name = "ImageNet's "
     elif model.pixel_mean is None:

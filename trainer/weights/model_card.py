@@ -111,7 +111,11 @@ def _describe_input(model: EncoderConfig, export_format: str) -> str:
     if export_format in NORMALISED_INPUT:
         # The card's code for the authors' model only loads the weights.
         images = "The model takes images as" if export_format == "authors" else "`images` are"
-        scaled = {"uint8": ", scaled to [0, 1]", "uint16": ", divided by 65535", "float32": ""}
+        scaled = {
+            "uint8": ", scaled to [0, 1]",
+            "uint16": f", values of {model.pixel_bits} bits, divided by 65535",
+            "float32": "",
+        }
         return (
             f"{images} float32{shape}{colours}{scaled[model.pixel_dtype]}, minus the mean {mean}, divided by the standard "
             f"deviation {std}."

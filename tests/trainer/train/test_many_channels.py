@@ -108,7 +108,7 @@ def test_pretraining_reconstruction_finetuning_and_export(
     for bands_option in ("3,2,1", "12,11,10", "7"):
         grid = tmp_path / f"{bands_option}.png"
         said = printed("reconstruct", pretrained, "--data", url, "--grid", grid, "--bands", bands_option)
-        assert "normalise: 16-bit pixels / 65535 by mean 0." in said
+        assert "normalise: 12-bit pixels / 65535 by mean 0." in said
         pictures[bands_option] = np.asarray(Image.open(grid))
     assert not np.array_equal(pictures["3,2,1"], pictures["12,11,10"])
     assert (np.ptp(pictures["7"].astype(int), axis=2) == 0).all()  # grey
@@ -123,7 +123,7 @@ def test_pretraining_reconstruction_finetuning_and_export(
     tuned = run_of(tuned, bands, tmp_path / "finetune")
     assert tuned.model.pixel_mean == config.model.pixel_mean
     assert np.isfinite(losses(tmp_path / "finetune")).all()
-    assert "normalise: 16-bit" in printed("evaluate", tmp_path / "finetune", "--data", url, "--tasks", 1)
+    assert "normalise: 12-bit" in printed("evaluate", tmp_path / "finetune", "--data", url, "--tasks", 1)
     assert "top-1" in printed("knn", pretrained, "--data", url, "--val", url, "--tasks", 1)
 
     # ---- export, and back
