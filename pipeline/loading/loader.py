@@ -68,7 +68,8 @@ log = logging.getLogger("maestream")
 class Batch:
     """A worker's part of one global batch: n samples."""
 
-    images: torch.Tensor  # uint8[n, 3, h, w], RGB, on the decoder's device; the other tensors are on the CPU
+    # [n, channels, h, w] of the decoder's `pixels` (uint8 RGB by default), on its device; the other tensors are on the CPU
+    images: torch.Tensor
     labels: torch.Tensor  # int64[n], or float32[n, classes] if they are not one class, see `Dataset.labels`
     sample_ids: torch.Tensor  # int64[n]
     weights: torch.Tensor  # float32[n]: 1, or 0 for a bad sample, whose image is zeros
