@@ -245,7 +245,11 @@ def _read_jpeg2000(data: Any) -> Array:
 def _read_avif(data: Any) -> Array:
     import imagecodecs
 
-    return _without_alpha(imagecodecs.avif_decode(data, index=0, numthreads=1))
+    # libavif decodes the still image of an animation if the file calls itself a still image. (imagecodecs crashes when it is
+    # asked for one frame of several.)
+    if data[8:12] == b"avis":
+        data = b"".join((data[:8], b"avif", data[12:]))
+    return _without_alpha(imagecodecs.avif_decode(data, numthreads=1))
 
 
 def _read_jpegxl(data: Any) -> Array:

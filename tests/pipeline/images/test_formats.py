@@ -66,6 +66,33 @@ def test_of_several_pages_the_first_is_read_and_the_header_says_so() -> None:
     assert abs(read_pixels(gif).astype(float) - rgb8()).mean() < LOSS["GIF"]
 
 
+def webp_chunk(kind: bytes, content: bytes) -> bytes:
+    return kind + len(content).to_bytes(4, "little") + content + b"\0" * (len(content) & 1)
+
+
+def animated_webp(frames: list[np.ndarray]) -> bytes:
+    height, width = frames[0].shape[:2]
+    size = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    chunks = [webp_chunk(b"VP8X", bytes([2, 0, 0, 0]) + size), webp_chunk(b"ANIM", bytes(6))]
+    for frame in frames:
+        still = imagecodecs.webp_encode(frame, lossless=True)[12:]
+        chunks.append(webp_chunk(b"ANMF", bytes(6) + size + bytes([100, 0, 0, 0]) + still))
+    return webp_chunk(b"RIFF", b"WEBP" + b"".join(chunks))
+
+
+@pytest.mark.parametrize("format", ["AVIF", "JPEG XL", "WebP"])
+def test_of_an_animation_the_first_frame_is_read(format: str) -> None:
+    frames = np.stack([rgb8(), 255 - rgb8(), rgb8()])
+    data = {
+        "AVIF": lambda: imagecodecs.avif_encode(frames, level=95),
+        "JPEG XL": lambda: imagecodecs.jpegxl_encode(frames, lossless=True),
+        "WebP": lambda: animated_webp(list(frames)),
+    }[format]()
+    info = info_of(data)
+    assert (info.format, info.width, info.height, info.channels) == (format, 301, 203, 3)
+    assert abs(read_pixels(data).astype(float) - rgb8()).mean() <= LOSS.get(format, 0.0)
+
+
 def test_a_tiff_says_how_many_bits_are_used() -> None:
     deep = rgb8().astype(np.uint16) << 4
     data = tiff(deep, photometric="rgb", extratags=[(281, 3, 3, (4095, 4095, 4095), True)])
