@@ -105,15 +105,22 @@ def _index_of_tar(
 ) -> tuple[pa.Table, ScannedShard]:
     """Return the index (`index_table`) of a tar, and what else was found in it. UserError if the tar is damaged."""
     fields, types = fields_of(built)
-    scan = scan_shard(store, name, ScanOptions(checksums, False, fields))
+    had_damage = bool(
+        built.get("indexed") and built.get("left_out")
+    )  # then damaged samples are left out again
+    scan = scan_shard(store, name, ScanOptions(checksums, had_damage, fields))
+    rows = scan.rows
+    if had_damage:
+        fits = [encoder.problem(text) is None for text in rows["label"].to_pylist()]
+        rows = rows.filter(pa.array(fits, pa.bool_()))
     try:
-        labels = encoder.encode(scan.rows["label"].to_pylist())
+        labels = encoder.encode(rows["label"].to_pylist())
     except (KeyError, ValueError) as error:
         raise UserError(
             f"{store.describe(name)} has labels that are not in the manifest, or the manifest is lost, and with it the numbers "
             f"of the classes ({error}): run `maestream shards index --overwrite` to number the classes again"
         ) from None
-    return index_table(scan.rows, labels, types), scan
+    return index_table(rows, labels, types), scan
 
 
 def _repair_tables(store: Store, run: ParallelMap, result: RepairResult, problem: str) -> Dataset:

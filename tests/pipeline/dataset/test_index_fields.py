@@ -170,6 +170,11 @@ def test_a_label_that_contradicts_the_others_is_named(tmp_path: Path) -> None:
     )
     assert "label 1 4 7 is a class name" in found.skipped.listed[0]
     assert verify(open_dataset(str(tmp_path))) == []
+    path = tmp_path / "index/x.parquet"
+    before = path.read_bytes()
+    path.unlink()
+    assert repair(str(tmp_path)).unrepaired == []  # what was left out is left out again
+    assert path.read_bytes() == before
     dataset, _ = indexed(tmp_path, files, kind="classes")
     assert dataset.read_index_table(0)["label"].to_pylist() == [[1, 4, 7], [2], [3]]
 
