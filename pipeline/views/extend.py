@@ -150,7 +150,8 @@ def _open(dataset: Dataset, source: str, scratch: Path, skip_damaged: bool) -> _
         checksums=ours.checksums,
         bits=ours.pixels.bits if ours.pixels.bits != 16 else None,
         skip_damaged=skip_damaged,
-        fields=replace(fields, kind=fields.kind or (ours.labels if ours.classes else None)),
+        # Whole numbers alone may be numbers to predict. Otherwise labels tell what they are, and `check_alike` compares.
+        fields=replace(fields, kind=fields.kind or ("numbers" if ours.labels == "numbers" else None)),
     )
     found = open_dataset(str(scratch))
     return _New(found, _class_names(dataset, found), len(names) - len(fresh))

@@ -1,5 +1,6 @@
 """Extending a dataset: atomic, and what was there keeps its place."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from pipeline.dataset.dataset import Dataset, open_dataset
+from pipeline.dataset.fields import parse_fields
 from pipeline.dataset.index import find_shards, index_shards
 from pipeline.dataset.verify import verify
 from pipeline.errors import UserError
@@ -18,6 +20,7 @@ from pipeline.views.prefix import find_prefix, first_shards
 from tests.pipeline.views.test_mix import mix, rows
 from tests.pipeline.views.test_view import digests, keys, view
 from tests.support.data.fake_datasets import write_fake
+from tests.support.data.foreign_tars import pack, picture
 from tests.support.datasets import build_dataset
 
 
@@ -109,6 +112,28 @@ def test_new_classes_come_last_and_numbers_of_raw_tars_are_those_of_the_dataset(
     two = write_fake(tmp_path / "two", [rows("x", label=0)], ["cat", "dog"])
     with pytest.raises(UserError, match=r"has the label 2, but .* has only 2 classes, with names"):
         extend(two, tmp_path / "s3", str(tars[1]))
+
+
+def test_new_tars_are_read_with_the_fields_of_the_index(tmp_path: Path) -> None:
+    def tar(name: str, labels: list[bytes], first: int) -> None:
+        files = {}
+        for i, label in enumerate(labels, first):
+            files |= {f"{i}.rgb.jpg": picture(i), f"{i}.seg.png": picture(i, "PNG"), f"{i}.cls": label}
+            files |= {f"{i}.json": json.dumps({"score": i / 2}).encode()}
+        pack(tmp_path / "d" / name, files)
+
+    tar("a.tar", [b"0", b"2"], 0)
+    store = open_store(str(tmp_path / "d"))
+    index_shards(store, ["a.tar"], store, fields=parse_fields("rgb.jpg", keep="score"))
+    tar("b.tar", [b"1 4 7", b"2", b"1"], 2)
+    with pytest.raises(UserError, match=r"b\.tar: 2 at byte \d+: label 1 4 7 is a class name"):
+        extend(open_dataset(store.url), tmp_path / "refused", store.url)
+    tar("b.tar", [b"1", b"2", b"1"], 2)
+    grown, _ = extend(open_dataset(store.url), tmp_path / "scratch", store.url)
+    located = grown.locate(np.arange(5))
+    assert located.label.tolist() == [0, 2, 1, 2, 1]
+    assert located.size.tolist() == [len(picture(i)) for i in range(5)]
+    assert grown.read_index_table(1, kept=True)["score"].to_pylist() == [1.0, 1.5, 2.0]
 
 
 def test_a_mix_grows_by_a_part_or_by_more_of_one(tmp_path: Path) -> None:
