@@ -33,6 +33,7 @@ NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 EXACT_DIGITS = 15  # a whole number with more is a float
 KEPT_TYPES = {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(), "text": pa.string()}
 INT64 = 1 << 63
+CONDITION_COLUMNS = ("shard", "label_number")  # that `shards view --where` has besides those of the index
 SHOWN = 40  # characters of a value in a message
 
 
@@ -101,7 +102,7 @@ def parse_fields(
             raise UserError(
                 f"--keep-json {text}: a column's name has letters, digits and underscores; choose one with NAME=FIELD"
             )
-        if name in INDEX_SCHEMA.names:
+        if name in (*INDEX_SCHEMA.names, *CONDITION_COLUMNS):
             raise UserError(
                 f"--keep-json {text}: the index has a column {name} of its own; choose another name, such as "
                 f"--keep-json json_{name}={path}"

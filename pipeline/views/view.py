@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.manifest import (
@@ -189,7 +190,7 @@ def columns(source: Dataset, shard: int, index: pa.Table) -> pa.Table:
     own = {
         "key": index["key"],
         "label": _names(source, index["label"]),
-        "label_number": _without_none(index["label"]),
+        "label_number": _numbers_of(source, index["label"]),
         "width": index["width"],
         "height": index["height"],
         "size": index["size"],
@@ -198,6 +199,14 @@ def columns(source: Dataset, shard: int, index: pa.Table) -> pa.Table:
     hidden = {"offset", "crc32c"}
     kept = {name: index[name] for name in index.column_names if name not in own and name not in hidden}
     return pa.table(own | kept)
+
+
+def _numbers_of(source: Dataset, labels: pa.ChunkedArray) -> pa.Array:
+    """Class numbers, or numbers to predict: not as a list if each sample has one."""
+    values = _without_none(labels)
+    if source.manifest.labels == "numbers" and len(source.manifest.classes) == 1:
+        return pc.list_element(values, 0)
+    return values
 
 
 def _without_none(labels: pa.ChunkedArray) -> pa.Array:
@@ -214,7 +223,7 @@ def _names(source: Dataset, labels: pa.ChunkedArray) -> pa.Array:
     names = pa.array(source.manifest.classes, pa.string())
     values = _without_none(labels)
     if source.manifest.labels == "numbers":
-        return values
+        return _numbers_of(source, labels)
     if source.manifest.labels == "classes":
         taken = names.take(values.flatten())
         return pa.ListArray.from_arrays(values.offsets, taken, mask=values.is_null())
