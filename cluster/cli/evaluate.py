@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
-from cluster.cli.options import anonymous_option, image_size_option, step_option
+from cluster.cli.options import NumberRange, anonymous_option, image_size_option, step_option
 from cluster.terminal.console import console, progress_counter
 from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.errors import UserError
@@ -25,7 +25,7 @@ TASK_FEATURE_BYTES = 2**28  # at most, per Ray task
 
 crop_option = click.option(
     "--crop",
-    type=click.FloatRange(min=0, max=1, min_open=True),
+    type=NumberRange(min=0, max=1, min_open=True),
     metavar="FRACTION",
     help="Side of the centre crop, relative to the shorter side of the image.  [default: as in training, or 224/256]",
 )

@@ -1,6 +1,7 @@
 """Options that several commands share."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,17 @@ import click
 
 from pipeline.errors import UserError
 from pipeline.storage.file_systems import anonymous_url
+
+
+class NumberRange(click.FloatRange):
+    """A range of numbers. Unlike click's, it has neither NaN, which passes every comparison there, nor infinity."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a number", param, ctx)
+        return number
+
 
 OVERRIDES = (
     "key=value arguments override keys of the recipe, for example epochs=100 or model.decoder_depth=4."

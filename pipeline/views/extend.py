@@ -79,10 +79,10 @@ def extend_dataset(
         raise UserError(f"{to.url} contains an unfinished build: finish it first")
     new = [_open(dataset, source, scratch / str(nth), skip_damaged) for nth, source in enumerate(sources)]
     check_alike([dataset, *(one.dataset for one in new)], dataset)
-    _refuse_known(dataset, new)
     classes = list(dict.fromkeys([*dataset.manifest.classes, *(name for one in new for name in one.classes)]))
     if classes != dataset.manifest.classes and dataset.manifest.labels == "numbers":
         raise UserError(f"{to.url} has other numbers to predict than the new shards: they do not fit")
+    _refuse_known(dataset, new, classes)
     parts = list(dataset.parts)
     jobs: list[tuple[_New, int, str]] = []
     for one in new:
@@ -175,12 +175,20 @@ def _class_names(dataset: Dataset, found: Dataset) -> list[str]:
     return classes[: len(own)]
 
 
-def _refuse_known(dataset: Dataset, new: Sequence[_New]) -> None:
-    """UserError if a shard has exactly the samples of another: then it is probably the same data again."""
+def _refuse_known(dataset: Dataset, new: Sequence[_New], classes: list[str]) -> None:
+    """UserError if a shard has exactly the samples of another: then it is probably the same data again.
+
+    Args:
+        classes: of the larger dataset. Samples are compared with these numbers, because digests include labels.
+    """
     seen = dict(zip(dataset.shard_content.to_pylist(), dataset.shard_names.to_pylist(), strict=True))
     for one in new:
         found = one.dataset
-        for content, name in zip(found.shard_content.to_pylist(), found.shard_names.to_pylist(), strict=True):
+        contents = found.shard_content.to_pylist()
+        if (numbers := numbers_in(one.classes, classes)) is not None:
+            tables = (found.read_index_table(shard, kept=True) for shard in range(len(contents)))
+            contents = [content_digest(renumbered(table, numbers)) for table in tables]
+        for content, name in zip(contents, found.shard_names.to_pylist(), strict=True):
             if content in seen:
                 raise UserError(
                     f"{found.shard_store.describe(name)} has the same samples as {seen[content]}, which {dataset.store.url} has "

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from cluster.cli.options import NumberRange
 from cluster.terminal.console import console, write_file
 from pipeline.errors import UserError
 from pipeline.text import plural
@@ -43,7 +44,7 @@ def step_options(command: Any) -> Any:
             ),
             click.option(
                 "--seconds",
-                type=click.FloatRange(min=0, min_open=True),
+                type=NumberRange(min=0, min_open=True),
                 metavar="N",
                 default=10,
                 show_default=True,

@@ -14,6 +14,7 @@ from cluster.cli.bench.common import (
     json_option,
     write_results,
 )
+from cluster.cli.options import NumberRange
 from cluster.terminal.console import console, progress_bar
 from pipeline.text import plural
 
@@ -54,7 +55,12 @@ MAX_WARNINGS = 5  # printed; the rest is counted
 @click.option(
     "--cache", metavar="FOLDER", help="Folder to cache a part of each dataset in; needs --cache-gb."
 )
-@click.option("--cache-gb", type=float, metavar="GB", help="Maximum size of the cache in GB.")
+@click.option(
+    "--cache-gb",
+    type=NumberRange(min=0, min_open=True),
+    metavar="GB",
+    help="Maximum size of the cache in GB.",
+)
 @click.option(
     "--seconds",
     type=click.IntRange(min=1),

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cluster.cli.options import anonymous_option
+from cluster.cli.options import NumberRange, anonymous_option
 from cluster.cli.shards.common import bits_option, fields_options, summary
 from cluster.terminal.console import BuildProgress, console
 from pipeline.dataset.dataset import open_dataset
@@ -26,7 +26,7 @@ SEED = click.IntRange(min=0, max=2**31 - 1)
 @click.argument("dest")
 @click.option(
     "--shard-mb",
-    type=click.FloatRange(min=0.01),
+    type=NumberRange(min=0.01),
     metavar="MIB",
     default=128,
     show_default=True,
@@ -105,7 +105,7 @@ SEED = click.IntRange(min=0, max=2**31 - 1)
 )
 @click.option(
     "--memory-mb",
-    type=click.FloatRange(min=1),
+    type=NumberRange(min=1),
     metavar="MIB",
     default=256,
     show_default=True,

@@ -2,7 +2,7 @@
 
 import click
 
-from cluster.cli.options import anonymous_option
+from cluster.cli.options import NumberRange, anonymous_option
 from cluster.cli.shards.common import summary
 from cluster.terminal.console import console, progress_bar
 from pipeline.dataset.dataset import open_dataset
@@ -26,7 +26,7 @@ MAX_PRINTED = 3  # keys that were not found; the rest is counted
 )
 @click.option(
     "--fraction",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=NumberRange(0, 1, min_open=True),
     metavar="F",
     help="Take this fraction of what --where and --drop leave, at random: exactly F times their number, rounded.",
 )

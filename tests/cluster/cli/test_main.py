@@ -1,8 +1,11 @@
 """Hints of the command line."""
 
+from collections.abc import Iterator
+
+import click
 import pytest
 
-from cluster.cli.main import main
+from cluster.cli.main import cli, main
 
 
 @pytest.mark.parametrize(
@@ -30,3 +33,27 @@ def test_a_recipe_key_that_is_passed_as_an_option(
     errors = capsys.readouterr().err
     assert "No such option" in errors
     assert hint in errors if hint else "recipe keys" not in errors
+
+
+def _commands(group: click.Group, above: str = "") -> Iterator[tuple[str, click.Command]]:
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from _commands(command, f"{above}{name} ")
+        else:
+            yield above + name, command
+
+
+def test_no_option_takes_a_number_that_is_none() -> None:
+    """NaN passes each comparison, and infinity each minimum."""
+    options = [(name, option) for name, command in _commands(cli) for option in command.params]
+    numbers = [
+        (name, option) for name, option in options if isinstance(option.type, click.types.FloatParamType)
+    ]
+    assert len(numbers) > 5
+    for name, option in numbers:
+        for text in ("nan", "inf", "-inf"):
+            try:
+                option.type.convert(text, option, None)
+            except click.BadParameter:
+                continue
+            pytest.fail(f"maestream {name} takes {option.opts[-1]} {text}")

@@ -160,6 +160,17 @@ def test_the_same_data_again_is_refused(tmp_path: Path) -> None:
     }
 
 
+def test_the_same_data_again_is_refused_also_if_its_classes_have_other_numbers_here(tmp_path: Path) -> None:
+    a = write_fake(tmp_path / "a", [rows("a", label=1)], ["cat", "dog"])
+    b = write_fake(tmp_path / "b", [rows("b", label=0) + rows("c", label=1)], ["bee", "dog"])
+    grown, _ = extend(a, tmp_path / "s1", b)
+    before = digests(tmp_path / "a")
+    for nth, new in enumerate(([b], [write_fake(tmp_path / "z", [rows("z")], ["ant"]), b])):
+        with pytest.raises(UserError, match=r"has the same samples as"):
+            extend(grown, tmp_path / f"again{nth}", *new)
+    assert digests(tmp_path / "a") == before
+
+
 class CrashError(Exception):
     pass
 
