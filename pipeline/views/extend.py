@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.dataset.dataset import Dataset, open_dataset
-from pipeline.dataset.index import fields_of, find_shards, index_shards
+from pipeline.dataset.index import find_shards, index_shards
 from pipeline.dataset.manifest import (
     BUILDING,
     MANIFEST,
@@ -33,6 +33,7 @@ from pipeline.storage.store import open_store
 from pipeline.text import plural
 from pipeline.views.destination import IndexWriter, parts_elsewhere
 from pipeline.views.mix import THREADS, check_alike, numbers_in, renumbered
+from pipeline.views.view import fields_of_tars
 
 
 @dataclass
@@ -142,7 +143,12 @@ def _open(dataset: Dataset, source: str, scratch: Path, skip_damaged: bool) -> _
             f"{store.url}: {dataset.store.url} has {plural(len(names), 'tar')} of it already, and there is no other"
         )
     ours = dataset.manifest
-    fields, _ = fields_of(ours.built)  # of the tars that the dataset has
+    if "mix" in ours.built:
+        raise UserError(
+            f"{dataset.store.url} is a mix, whose datasets may have different fields: make a dataset of {store.url} with "
+            "`maestream shards index`, and extend the mix by that"
+        )
+    fields, _ = fields_of_tars(dataset)
     index_shards(
         store,
         fresh,

@@ -16,6 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.dataset.dataset import Dataset
+from pipeline.dataset.fields import Fields
+from pipeline.dataset.index import built_fields, fields_of
 from pipeline.dataset.manifest import (
     NO_LABEL,
     SHARDS_SCHEMA,
@@ -134,7 +136,7 @@ def make_view(
         ),
         sum(row["image_bytes"] for row in rows_written),
         source.manifest.classes,
-        {"view": source.store.url, **selection.built()},
+        {"view": source.store.url, **selection.built(), **built_fields(*fields_of_tars(source))},
         checksums=source.manifest.checksums,
         shards_url=None if source.manifest.parts else source.shard_store.url,
         parts=_parts(source, chosen) if source.manifest.parts else (),
@@ -143,6 +145,12 @@ def make_view(
     )
     classes = set[int]().union(*(row["labels"] for row in rows_written))
     return ViewResult(manifest, writer.end(), sorted(drop - found), len(classes))
+
+
+def fields_of_tars(dataset: Dataset) -> tuple[Fields, dict[str, str]]:
+    """The fields that were chosen when the tars of a dataset were indexed, and the types of kept columns."""
+    built = dataset.manifest.built
+    return fields_of(built if {"indexed", "view"} & built.keys() else {})
 
 
 def _parts(source: Dataset, chosen: list[Mask]) -> list[Part]:

@@ -76,3 +76,16 @@ def test_numbers(tmp_path: Path) -> None:
 def test_kept_columns_do_not_have_the_names_of_columns_of_conditions() -> None:
     with pytest.raises(UserError, match="has a column shard of its own; choose another name"):
         parse_fields(keep="shard")
+
+
+def test_tars_that_extend_a_view_are_read_with_the_fields_of_its_source(tmp_path: Path) -> None:
+    indexed(tmp_path / "a", ["dog", "cat"])
+    indexed(tmp_path / "b", ["cat"])
+    store = open_store(str(tmp_path / "a"))
+    fields = parse_fields(label="json:label", keep="label_text=label")
+    index_shards(store, find_shards(store), store, fields=fields, overwrite=True)
+    chosen, _ = view(open_dataset(store.url), tmp_path / "view", where="label_text = 'dog'")
+    (tmp_path / "scratch").mkdir()
+    extend_dataset(chosen.store.url, [str(tmp_path / "b" / "a.tar")], tmp_path / "scratch")
+    grown = open_dataset(chosen.store.url)
+    assert keys(view(grown, tmp_path / "cats", where="label_text = 'cat'")[0]) == ["b0"]
