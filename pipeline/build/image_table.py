@@ -188,7 +188,20 @@ def make_source(
     oddities = (
         imagenet.find_oddities(classes, source.images_per_class().tolist()) if source.kind == "class" else ()
     )
-    return replace(source, notes=(*notes, *key_notes, *oddities))
+    return replace(source, notes=(*notes, *key_notes, *oddities, *_unlabelled_note(items)))
+
+
+def _unlabelled_note(items: pa.Table) -> list[str]:
+    """How many images have no label, if others have one."""
+    labels = items["label"]
+    is_list = pa.types.is_list(labels.type)
+    missing = pc.is_null(labels) if is_list else pc.or_kleene(pc.is_null(labels), pc.equal(labels, NO_LABEL))
+    missing = pc.fill_null(missing, True)
+    count = pc.sum(missing).as_py() or 0
+    if not 0 < count < len(labels):
+        return []
+    first = items["key"][pc.index(missing, True).as_py()].as_py()
+    return [f"{plural(count, 'image')} without a label, such as {first}"]
 
 
 def _with_distinct_keys(items: pa.Table) -> tuple[pa.Table, list[str]]:

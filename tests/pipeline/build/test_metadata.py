@@ -67,6 +67,7 @@ def test_labels_of_a_metadata_file_are_used(kind: str, tmp_path: Path) -> None:
     where = f"{folder}/metadata.{kind}"
     assert source.notes == (
         f"the labels are the column label of {where}; --label chooses another: score; --label folder takes the class folders",
+        "1 image without a label, such as 3",
     )
     options = BuildOptions(source=SourceOptions(fields=parse_fields(keep="score")))
     result = build(str(folder), open_store(str(tmp_path / "out")), options)
