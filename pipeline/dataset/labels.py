@@ -176,8 +176,11 @@ class LabelCollector:
             return any(form.values != "whole" for form in counts)
         names = sum(count for form, count in counts.items() if form.values == "name")
         others = sum(counts.values()) - names
-        first_is_name = bool(counts) and next(iter(counts)).values == "name"
-        return names > others or (names == others and first_is_name)
+        if names != others or not counts:
+            return names > others
+        # As many of each: the first label decides, unless it is a list of numbers such as "1 4 7".
+        first = next(iter(counts))
+        return first.values == "name" and any(map(str.isalpha, self.seen[first].label))
 
     def _decide_kind(self, by_name: bool) -> LabelKind:
         if not by_name and any(form.values == "fraction" for form in self.seen):

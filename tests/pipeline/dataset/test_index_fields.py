@@ -179,6 +179,15 @@ def test_a_label_that_contradicts_the_others_is_named(tmp_path: Path) -> None:
     assert dataset.read_index_table(0)["label"].to_pylist() == [[1, 4, 7], [2], [3]]
 
 
+def test_of_two_labels_the_one_that_is_no_class_is_named(tmp_path: Path) -> None:
+    pack(tmp_path / "x.tar", images([b"1 4 7", b"2"], "cls"))
+    assert "x.tar: 0 at byte 512: label 1 4 7 is a class name, but 1 of 2 labels is a number" in refused(
+        tmp_path
+    )
+    pack(tmp_path / "x.tar", images([b"cat", b"2"], "cls"))
+    assert "label 2 is a number, but 1 of 2 labels is a class name" in refused(tmp_path)
+
+
 def test_kept_columns_have_types_and_are_repaired(tmp_path: Path) -> None:
     trees = [
         {"score": 10**400, "caption": "ü", "ok": True, "meta": {"n": 2}, "odd": 1, "tags": ["a"]},
