@@ -81,6 +81,7 @@ def open_source(
     if not sizes and not store.exists(""):
         raise UserError(f"{store.url}: no such file or folder")
     if any(map(is_image, sizes)):
+        _check_no_split_at(store.url, options)
         return folder_source(store, sizes, options)
     visible = [name for name in sizes if not is_hidden(name)]
     tars = [n for n in visible if n.endswith(".tar")]
@@ -114,6 +115,7 @@ def _files(
         source = webdataset_source(store, names, options.fields)
         return replace(source, notes=(*source.notes, *_splits_note(store, names)))
     if all(n.endswith(".parquet") for n in names):
+        _check_no_split_at(store.url, options)
         return parquet_source(store, names, open_spool, run, options)
     raise UserError(
         f"{store.url}: {names[0]} and {names[-1]} are of different types: select one with a pattern, such as *.tar"
@@ -142,6 +144,11 @@ def _check_unused(where: str, why: str, options: SourceOptions) -> None:
         raise UserError(
             f"{where}: its images {why}; {' and '.join(used)} are for other sources: leave them out"
         )
+
+
+def _check_no_split_at(where: str, options: SourceOptions) -> None:
+    if options.fields.split_at != "first-dot":
+        raise UserError(f"{where}: --split-at is for the names of files in tars: leave it out")
 
 
 def _synthetic(url: str) -> Source:

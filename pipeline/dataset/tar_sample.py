@@ -67,10 +67,11 @@ class TarSample:
         plain = [c for c in images if not c.prefix]
         if not plain and len({c.prefix for c in images}) > 1:
             one, two = sorted(c.extension for c in images)[:2]
+            are_numbers = all(c.prefix.replace(".", "").isdigit() for c in images)  # 22.05.png and 22.06.png
+            choose = "" if are_numbers else f"To use one of them, choose it with --image {one}; if "
             raise UserError(
                 f"{where} has {len(images)} images, .{one} and .{two}: the name of a sample ends at its first dot. "
-                f"To use one of them, choose it with --image {one}; if dots are part of the names and each image is a sample, "
-                "pass --split-at last-dot"
+                f"{choose or 'If '}dots are part of the names and each image is a sample, pass --split-at last-dot"
             )
         found = min(plain or images, key=lambda c: IMAGE_TYPES.index(c.type), default=None)
         if found is not None and found.prefix:

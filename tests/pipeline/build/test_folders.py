@@ -33,6 +33,12 @@ def built(folder: Path, to: Path, **options: object) -> BuildResult:
     return build(str(folder), open_store(str(to)), BuildOptions(source=SourceOptions(**options)))  # type: ignore[arg-type]
 
 
+def test_an_option_for_tars_is_refused(tmp_path: Path) -> None:
+    folder = tree(tmp_path, "cat/1.jpg")
+    with pytest.raises(UserError, match="--split-at is for the names of files in tars"):
+        opened(folder, SourceOptions(fields=parse_fields(None, None, split_at="last-dot")))
+
+
 # ---- hidden and system files ------------------------------------------------------------------------------------
 
 
