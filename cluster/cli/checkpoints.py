@@ -149,7 +149,7 @@ def print_table(store: Store, found: list[Checkpoint], rule: RetentionRule) -> N
 
 
 def read_measures(store: Store, steps: set[int]) -> tuple[dict[int, float], str, dict[int, float]]:
-    """Return the losses of the checkpoints at these steps, where known; and of what was evaluated, the name and the values.
+    """Return the known losses of the checkpoints at these steps, the name of the evaluation metric, and its values.
 
     The name is one of trainer.labels.measures.MAIN: top1 if nothing was evaluated.
     """

@@ -143,7 +143,7 @@ def evaluate(run: str, data: str, step: int | None, tasks: int | None, **options
     is also written to RUN/evaluations/.
 
     \b
-    labels            what is measured
+    labels            metrics
     one class         top-1 and top-5 accuracy; images that cannot be read count as wrong
     several classes   mAP: the mean of the average precision over all classes that an image has
     numbers           R², and the mean absolute error in the units of the labels; of several

@@ -89,6 +89,28 @@ def _parse_size(text: str | None) -> tuple[int, int] | None:
     return int(height), int(width or height)
 
 
+def tasks_option(what: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add --tasks. `what`: what it is the number of."""
+    return click.option(
+        "--tasks",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help=f"Number of {what}.  [default: number of CPU cores]",
+    )
+
+
+def seed_option(text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add --seed. `text`: its help."""
+    return click.option(
+        "--seed",
+        type=click.IntRange(min=0, max=2**31 - 1),
+        metavar="N",
+        default=0,
+        show_default=True,
+        help=text,
+    )
+
+
 step_option = click.option(
     "--step", type=click.IntRange(min=1), metavar="N", help="Step of the checkpoint.  [default: the newest]"
 )

@@ -5,11 +5,10 @@ from typing import Any
 
 import click
 
+from cluster.cli.options import seed_option
 from pipeline.dataset.dataset import open_dataset
 from pipeline.errors import UserError
 from pipeline.text import plural
-
-SEED = click.IntRange(min=0, max=2**31 - 1)
 
 
 @click.command()
@@ -21,9 +20,7 @@ SEED = click.IntRange(min=0, max=2**31 - 1)
     required=True,
     help="Samples per step, over all workers.",
 )
-@click.option(
-    "--seed", type=SEED, metavar="N", default=0, show_default=True, help="Seed of the order, crops and flips."
-)
+@seed_option("Seed of the order, crops and flips.")
 @click.option(
     "--epoch",
     type=click.IntRange(min=0),

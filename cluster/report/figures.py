@@ -155,7 +155,7 @@ def _draw_workers(summary: RunSummary, changes: list[tuple[float, int]]) -> Figu
 
 
 def _draw_scores(summary: RunSummary, scores: dict[str, dict[str, Floats]]) -> Figure:
-    """Draw what was measured during training: top-1 accuracy, mAP or R²."""
+    """Draw the evaluation metric over the steps: top-1 accuracy, mAP or R²."""
     figure, axis = _new_figure_over_steps(summary)
     for prefix, colour, source in (("val", "line", ""), ("knn", "all_reduce", "k-NN ")):
         columns = scores[prefix]

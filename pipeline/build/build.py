@@ -69,7 +69,7 @@ class BuildResult:
     """What a build did."""
 
     manifest: Manifest
-    notes: tuple[str, ...]  # what is unusual about the source, one line each
+    notes: tuple[str, ...]  # see `Source.notes`
     kept: int  # number of shards that an earlier, killed build had finished
     changed: int  # number of images that were converted
     odd: dict[str, int]  # number of images that are not RGB or greyscale JPEGs, by kind, such as "PNG"
@@ -102,7 +102,7 @@ def build(
         memory: bytes of encoded images that one task may hold.
         overwrite: whether to replace a dataset, or an unfinished build of something else.
         run: does the work, see `pipeline.parallel`.
-        on_source: called once the source is listed, with what is unusual about it, one line each.
+        on_source: called with the notes about the source (see `Source.notes`), once it is listed.
         on_plan: called with the number of images.
         on_shard: called for each finished shard with its receipt, and whether an earlier build had finished it.
     """

@@ -107,7 +107,7 @@ class SceneRenderer:
 
     def open(self) -> Callable[[Item], bytes]:
         """Return a function that draws an image."""
-        return lambda item: draw_scene(self.seed, item.offset, int(item.label))  # type: ignore[arg-type]
+        return lambda item: draw_scene(self.seed, item.offset, int(item.label))  # type: ignore[arg-type]  # scenes have one class each
 
 
 ImageReader = RangeReader | SceneRenderer  # goes to other processes
@@ -140,7 +140,7 @@ class Source:
     items: pa.Table  # ITEMS
     classes: list[str]  # empty for a source without labels
     reader: ImageReader
-    notes: tuple[str, ...] = ()  # what is unusual, one line each
+    notes: tuple[str, ...] = ()  # facts about the source that users may not expect, one line each
     left_out: tuple[
         str, ...
     ] = ()  # "name: reason" of each image that is not in `items`, because it cannot be read

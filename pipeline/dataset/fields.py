@@ -72,9 +72,9 @@ class Fields:
 def parse_fields(
     image: str | None = None,
     label: str | None = None,
-    kind: str | None = None,
+    kind: LabelKind | None = None,
     keep: str | None = None,
-    split_at: str = "first-dot",
+    split_at: Literal["first-dot", "last-dot"] = "first-dot",
 ) -> Fields:
     """The fields that --image, --label, --label-kind, --keep-json and --split-at choose. UserError if one is not valid."""
     if image is not None:
@@ -110,7 +110,7 @@ def parse_fields(
         if name in names:
             raise UserError(f"--keep-json has two columns {name}: give one another name, NAME=FIELD")
         names.add(name)
-    return Fields(image, label, kind, kept, split_at)  # type: ignore[arg-type]  # checked above, or by click
+    return Fields(image, label, kind, kept, split_at)
 
 
 def _column(text: str) -> tuple[str, str]:

@@ -282,9 +282,8 @@ def _check_destination(store: Store, to: Store, overwrite: bool) -> None:
     try:
         to.write(probe, b"\n")
         to.remove([probe])
-    except (UserError, NotImplementedError) as error:
-        why = error if isinstance(error, UserError) else f"{to.url} cannot be written"
-        raise UserError(f"{why}. To write the indexes to another place, add --to") from error
+    except UserError as error:
+        raise UserError(f"{error}. To write the indexes to another place, add --to") from error
 
 
 def _without_known_keys(scan: ScannedShard, spool: "RowSpool") -> pa.Table:

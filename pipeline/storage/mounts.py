@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from pipeline.errors import UserError
 from pipeline.storage.store import Store, open_store
 
 SCHEME = "mounts:"
@@ -56,7 +57,7 @@ class Mounts(Store):
         return store.exists(name)
 
     def write(self, name: str, data: bytes) -> None:
-        raise NotImplementedError(f"{self.describe(name)}: tars of others are never written")
+        raise UserError(f"{self.describe(name)} belongs to another dataset, whose tars are not written to")
 
 
 def mounts_url(urls: Mapping[str, str]) -> str:

@@ -61,7 +61,7 @@ def hub(folder: Path, repo: str) -> Iterator[Hub]:
                 return self.answer(200, json.dumps({"id": repo, "sha": "0" * 40}).encode())
             return self.missing("RevisionNotFound")
 
-        do_HEAD = do_GET  # noqa: N815
+        do_HEAD = do_GET  # noqa: N815  # the name that http.server calls
 
         def read(self, name: str) -> None:
             if known.failures:

@@ -61,7 +61,7 @@ def public_bucket(objects: dict[str, bytes]) -> Iterator[PublicBucket]:
                 return self.listing({k: v[0] for k, v in parse_qs(parts.query).items()})
             return self.object(key)
 
-        do_HEAD = do_GET  # noqa: N815
+        do_HEAD = do_GET  # noqa: N815  # the name that http.server calls
 
         def do_PUT(self) -> None:
             self.rfile.read(int(self.headers.get("Content-Length") or 0))

@@ -57,8 +57,8 @@ class DataConfig(StrictConfig):
     cache_gb: Positive | None = None
     """Largest size of the disk cache in GiB per node; required with cache."""
     grow: bool = False
-    """Whether a run goes on with the larger dataset after `maestream shards extend`, from its next epoch on. Without it, a run refuses
-    a dataset that has grown."""
+    """Whether a run continues with the larger dataset after `maestream shards extend`, from its next epoch on. Without it, a run
+    refuses a dataset that has grown."""
     bad_samples: Annotated[int, Field(ge=0)] = 10
     """Number of distinct bad samples above which the run stops, or bad_share of the dataset if that is more."""
     bad_share: Share = 1e-4

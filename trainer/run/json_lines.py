@@ -103,7 +103,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def read_lines(store: Store, name: str) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a file. What is left of a line whose writer was killed is skipped."""
+    """Yield the objects of a file. Incomplete lines, left by killed processes, are skipped."""
     for line in store.read(name).split(b"\n"):
         if (value := _parse(line)) is not None:
             yield value

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cluster.cli.options import NumberRange, anonymous_option
+from cluster.cli.options import NumberRange, anonymous_option, seed_option, tasks_option
 from cluster.cli.shards.common import bits_option, fields_options, summary
 from cluster.terminal.console import BuildProgress, console
 from pipeline.dataset.dataset import open_dataset
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 MAX_PRINTED = 20  # images that were skipped; the rest is counted
 SIDE = click.IntRange(min=16, max=65_500)
-SEED = click.IntRange(min=0, max=2**31 - 1)
 
 
 @click.command()
@@ -32,7 +31,7 @@ SEED = click.IntRange(min=0, max=2**31 - 1)
     show_default=True,
     help="Target size of a shard in MiB.",
 )
-@click.option("--seed", type=SEED, metavar="N", default=0, show_default=True, help="Seed of the shuffle.")
+@seed_option("Seed of the shuffle.")
 @click.option(
     "--devkit",
     metavar="FILE",
@@ -97,12 +96,7 @@ SEED = click.IntRange(min=0, max=2**31 - 1)
     is_flag=True,
     help="Make class folders without images classes, too, as ImageFolder does with allow_empty.",
 )
-@click.option(
-    "--tasks",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Number of shards to write in parallel.  [default: number of CPU cores]",
-)
+@tasks_option("shards to write in parallel")
 @click.option(
     "--memory-mb",
     type=NumberRange(min=1),
@@ -210,7 +204,7 @@ def _print_left_out(built: "BuildResult", store: Store) -> None:
 
 
 def _print_source_notes(notes: tuple[str, ...]) -> None:
-    """Print what is unusual about a source."""
+    """Print the notes about a source."""
     for line in notes:
         console.print(f"note: {line}", style="yellow")
 

@@ -2,6 +2,7 @@
 
 import click
 
+from cluster.cli.options import seed_option, tasks_option
 from cluster.terminal.console import console, progress_counter
 from pipeline.dataset.dataset import open_dataset
 from pipeline.dataset.statistics import STATISTICS, write_statistics
@@ -18,20 +19,8 @@ MAX_PRINTED = 20  # images that cannot be read; the rest is counted
     metavar="N",
     help="Read a random sample of N images.  [default: all images]",
 )
-@click.option(
-    "--seed",
-    type=click.IntRange(min=0, max=2**31 - 1),
-    metavar="N",
-    default=0,
-    show_default=True,
-    help="Seed of the random sample.",
-)
-@click.option(
-    "--tasks",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Number of parallel tasks.  [default: number of CPU cores]",
-)
+@seed_option("Seed of the random sample.")
+@tasks_option("parallel tasks")
 def statistics(dest: str, samples: int | None, seed: int, tasks: int | None) -> None:
     """Compute the mean and standard deviation of each channel.
 

@@ -4,7 +4,7 @@ import sys
 
 import click
 
-from cluster.cli.options import anonymous_option
+from cluster.cli.options import anonymous_option, tasks_option
 from cluster.cli.shards.common import NO_CHECKSUMS
 from cluster.terminal.console import console, progress_bar
 from pipeline.dataset.dataset import open_dataset
@@ -18,12 +18,7 @@ from pipeline.text import plural
     is_flag=True,
     help="Rewrite damaged indexes and manifests from the tars. Damaged tars have to be built again.",
 )
-@click.option(
-    "--tasks",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Number of shards to read in parallel.  [default: number of CPU cores]",
-)
+@tasks_option("shards to read in parallel")
 @anonymous_option("dest", "DATASET")
 def verify(dest: str, repair: bool, tasks: int | None) -> None:
     """Verify a dataset: read every byte, decode every image.

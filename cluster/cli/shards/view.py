@@ -2,7 +2,7 @@
 
 import click
 
-from cluster.cli.options import NumberRange, anonymous_option
+from cluster.cli.options import NumberRange, anonymous_option, seed_option
 from cluster.cli.shards.common import summary
 from cluster.terminal.console import console, progress_bar
 from pipeline.dataset.dataset import open_dataset
@@ -30,14 +30,7 @@ MAX_PRINTED = 3  # keys that were not found; the rest is counted
     metavar="F",
     help="Take this fraction of what --where and --drop leave, at random: exactly F times their number, rounded.",
 )
-@click.option(
-    "--seed",
-    type=click.IntRange(min=0, max=2**31 - 1),
-    metavar="N",
-    default=0,
-    show_default=True,
-    help="Seed of --fraction. With the same seed, a smaller fraction is a part of a larger one.",
-)
+@seed_option("Seed of --fraction. With the same seed, a smaller fraction is a part of a larger one.")
 @click.option("--overwrite", is_flag=True, help="Replace a view in DEST.")
 @anonymous_option("source", "SRC")
 def view(

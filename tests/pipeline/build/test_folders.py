@@ -30,7 +30,7 @@ def labels(source: Source) -> dict[str, str]:
 
 
 def built(folder: Path, to: Path, **options: object) -> BuildResult:
-    return build(str(folder), open_store(str(to)), BuildOptions(source=SourceOptions(**options)))  # type: ignore[arg-type]
+    return build(str(folder), open_store(str(to)), BuildOptions(source=SourceOptions(**options)))
 
 
 def test_an_option_for_tars_is_refused(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_a_header_check_does_not_decode() -> None:
 def test_large_images_are_scaled_down_and_small_ones_unchanged(conversion: Conversion, size: object) -> None:
     with Image.open(io.BytesIO(SCENE)) as image:
         width, height = image.size
-    scale = size(width, height)  # type: ignore[operator]
+    scale = size(width, height)
     checked = check_image(SCENE, conversion=conversion)
     assert (checked.width, checked.height) == (round(width * scale), round(height * scale))
     assert checked.changed == (scale < 1)

@@ -25,7 +25,7 @@ from tests.support.data.foreign_tars import Files, check, index, pack, picture, 
 def indexed(folder: Path, files: Files, **options: str) -> tuple[Dataset, list[str]]:
     """A dataset of one tar with these files, and the notes."""
     pack(folder / "x.tar", files)
-    found = index(folder, overwrite=True, fields=parse_fields(**options))  # type: ignore[arg-type]
+    found = index(folder, overwrite=True, fields=parse_fields(**options))
     return open_dataset(str(folder)), found.notes
 
 

@@ -46,7 +46,7 @@ def labelled(folder: Path, labels: list[object], **options: object) -> Dataset:
                 f"{part}-{i}.json": json.dumps({"label": label}).encode(),
             }
         pack(folder / f"{part}.tar", files)
-    index(folder, checksums=True, overwrite=True, **options)  # type: ignore[arg-type]
+    index(folder, checksums=True, overwrite=True, **options)
     return open_dataset(str(folder))
 
 

@@ -118,9 +118,9 @@ def test_the_majority_is_encoded_and_the_others_are_problems(values: list[object
 
 @given(st.lists(st.lists(st.integers(0, 20), max_size=6)))
 def test_sets_of_classes_come_back(values: list[list[int]]) -> None:
-    kind, classes, labels = encoded(values)  # type: ignore[arg-type]
+    kind, classes, labels = encoded(values)
     bits = {tuple(sorted(Counter(v).items())) for v in values}
-    is_flags = encoder_of(values).flags  # type: ignore[arg-type]
+    is_flags = encoder_of(values).flags
     assert is_flags == (
         len({len(v) for v in values if v}) == 1
         and all(set(v) <= {0, 1} for v in values)

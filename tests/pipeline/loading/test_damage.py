@@ -115,7 +115,7 @@ def truncate(draw: Draw, path: Path) -> None:
 def swap_members(draw: Draw, path: Path) -> None:
     """Two images change places, so that each has the other's key; what is behind moves if their sizes differ."""
     with tarfile.open(path) as tar:
-        members = [(member, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
+        members = [(member, tar.extractfile(member).read()) for member in tar]
     images = [i for i, (member, _) in enumerate(members) if member.name.endswith(".jpg")]
     a, b = draw(st.lists(st.sampled_from(images), min_size=2, max_size=2, unique=True))
     swapped = {a: members[b][1], b: members[a][1]}
@@ -301,7 +301,7 @@ def test_an_image_without_area_is_not_indexed() -> None:
         numbers = width.to_bytes(2, "little") + height.to_bytes(2, "little")
         webp = b"RIFF\0\0\0\0WEBPVP8 " + bytes(7) + b"\x9d\x01\x2a" + numbers
         with pytest.raises(ValueError, match=f"the image has {width} × {height} pixels"):
-            image_info(lambda at, n, webp=webp: webp[at : at + n], len(webp))  # type: ignore[misc]
+            image_info(lambda at, n, webp=webp: webp[at : at + n], len(webp))
 
 
 def test_a_size_that_is_not_the_images_is_a_bad_sample(small: Dataset, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import aiohttp
 import fsspec
@@ -28,7 +28,7 @@ class FileServer(LocalFileSystem):
     """Stands for file systems such as sftp: a folder must exist, and files grow while they are written."""
 
     protocol = "server"
-    renamed: list[tuple[str, str]] = []  # noqa: RUF012
+    renamed: ClassVar[list[tuple[str, str]]] = []
     async_impl = False
 
     def mv(self, path1: str, path2: str, **kwargs: Any) -> None:

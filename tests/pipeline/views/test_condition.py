@@ -64,8 +64,9 @@ def comparisons(draw: st.DrawFn) -> Pair:
         return f"{name} like {quoted(word + '%')}", lambda df: df[name].str.startswith(word).astype("boolean")
     if form == "null":
         name, negated = draw(st.sampled_from([*NUMBERS, *TEXTS, "good"])), draw(st.booleans())
-        missing: Oracle = lambda df: df[name].notna() if negated else df[name].isna()  # noqa: E731
-        return f"{name} IS {'NOT ' if negated else ''}NULL", lambda df: missing(df).astype("boolean")
+        if negated:
+            return f"{name} IS NOT NULL", lambda df: df[name].notna().astype("boolean")
+        return f"{name} IS NULL", lambda df: df[name].isna().astype("boolean")
     words = draw(st.lists(st.sampled_from(WORDS), min_size=1, max_size=3))
     listed = ", ".join(map(quoted, words))
     return f"{name} in ({listed})", lambda df: df[name].isin(words).astype("boolean").mask(df[name].isna())
