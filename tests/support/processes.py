@@ -24,9 +24,9 @@ def _among(ancestor: int | None) -> Iterator[psutil.Process]:
 
 
 def command_line(process: psutil.Process) -> str:
-    """Empty if it has ended."""
+    """Empty if it has ended. Ray's workers rewrite theirs with each call, and it may look empty meanwhile: so it is read again."""
     try:
-        return " ".join(process.cmdline())
+        return next((line for _ in range(5) if (line := " ".join(process.cmdline()))), "")
     except (psutil.NoSuchProcess, psutil.AccessDenied):
         return ""
 

@@ -48,6 +48,13 @@ def kill(*pids: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
+def kill_a_worker() -> None:
+    """Kill the first worker of the run, as soon as there is one."""
+    found: list[int] = []
+    wait_until(lambda: found.extend(workers_of()) or found)
+    kill(found[0])
+
+
 def workers_of(above: int | None = None) -> list[int]:
     """The processes of the training workers below a process; of these tests without: there is one run at a time, and
     its workers are below its driver, or below a Ray that a fixture has started."""

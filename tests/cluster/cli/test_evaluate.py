@@ -16,7 +16,7 @@ from pipeline.storage.store import open_store
 from tests.support.command_line import printed, refused
 from tests.support.datasets import build_dataset
 from tests.support.processes import processes
-from tests.support.runs import kill, losses, running, wait_for_step, wait_until, workers_of
+from tests.support.runs import kill, kill_a_worker, losses, running, wait_for_step, wait_until
 from tests.support.training.reference_run import train_reference_run
 from trainer.run.events import read_events
 from trainer.run.metrics import read_metrics
@@ -68,7 +68,7 @@ def test_a_killed_worker_changes_nothing(
     options = ("--config", recipes[task], "--init", init, "--data", data, "--val", val, "--out", out)
     with running((task, *options)) as process:
         wait_for_step(40, process, out)
-        kill(workers_of()[0])
+        kill_a_worker()
         text, _ = process.communicate(timeout=120)
         assert process.returncode == 0, text
     assert losses(out) == losses(tmp_path / "whole")  # bit for bit

@@ -17,7 +17,7 @@ from pipeline.storage.store import open_store
 from tests.support.command_line import maestream, printed, refused
 from tests.support.datasets import build_dataset
 from tests.support.processes import command_line
-from tests.support.runs import kill, losses, running, wait_for_step, wait_until, workers_of
+from tests.support.runs import kill, kill_a_worker, losses, running, wait_for_step, wait_until, workers_of
 from tests.support.training.reference_run import train_reference_run
 from trainer.run.events import read_events
 from trainer.run.metrics import read_metrics
@@ -68,7 +68,7 @@ def test_kills_change_nothing(
     with running(command) as process:
         wait_for_step(57, process, out)  # in the middle of an epoch, and between two commits
         assert f"is owned by process {process.pid}" in refused(*command)
-        kill(workers_of()[0])
+        kill_a_worker()
         wait_until(lambda: len(read_events(store)) == 3)
         wait_for_step(len(losses(out)) + 5, process, out)
         kill(*workers_of(), process.pid)
@@ -101,7 +101,7 @@ def test_failures_without_progress_stop_the_run_with_their_cause(
             wait_until(
                 lambda n=attempt: (out / "run.json").exists() and len(read_starts(open_store(str(out)))) == n
             )
-            kill(workers_of()[0])
+            kill_a_worker()
         printed, _ = process.communicate(timeout=240)
     assert process.returncode == 1
     assert printed.count("died: restarting the workers") == MAX_FAILURES - 1
@@ -122,7 +122,7 @@ def test_killed_again_and_again(recipe: Path, scenes: Dataset, tmp_path: Path, w
         with running(command) as process:
             done = len(losses(out)) if round_ else 0
             wait_for_step(done + rng.randrange(1, 80), process, out)
-            kill(workers_of()[0])
+            kill_a_worker()
             wait_for_step(len(losses(out)) + rng.randrange(1, 80), process, out)
             kill(*(workers_of() if round_ % 2 else []), process.pid)
     maestream(*command)
