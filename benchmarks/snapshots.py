@@ -26,12 +26,13 @@ from pipeline.loading.benchmark import cpu_model
 from pipeline.storage.store import open_store
 from trainer.config.recipe import load_config
 from trainer.config.schema import PretrainConfig
+from trainer.group.group import Group
 from trainer.models.mae import MAE
 from trainer.run.run import Run
 from trainer.run.snapshot import STATE, Snapshots
 from trainer.run.worker import Worker
+from trainer.step.optim import adamw
 from trainer.train.benchmark import resident_batch
-from trainer.train.optim import adamw
 from trainer.train.pretrain import pretrain_step
 
 EACH, AFTER = 8, 3  # steps
@@ -107,7 +108,7 @@ def main(recipe: str, batch: int, taken: int) -> None:
             "cores": available_cores(),
             "recipe": recipe,
             "batch": batch,
-            **measure(config, run, Worker(device=device), taken),
+            **measure(config, run, Worker(Group(device)), taken),
         }
     console.print(
         f"step {found['step_s']:.2f} s; a snapshot ({found['bytes'] / 1e9:.2f} GB) costs {found['cost_s']:.2f} s, and with one "

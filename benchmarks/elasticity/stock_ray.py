@@ -33,7 +33,7 @@ from trainer.config.schema import PretrainConfig
 from trainer.models.mae import MAE
 from trainer.run.run import fix_order, make_order
 from trainer.run.worker import Worker
-from trainer.train.optim import adamw, learning_rate
+from trainer.step.optim import adamw, learning_rate
 from trainer.train.pending import PendingStep, read_losses
 from trainer.train.pretrain import pretrain_step
 

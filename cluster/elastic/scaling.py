@@ -28,10 +28,10 @@ from ray.train.v2._internal.execution.worker_group import (
     WorkerGroupPollStatus,
     WorkerGroupState,
 )
+from trainer.run.stop_vote import StopRequest
 
 from cluster.elastic.failures import RestartPolicy, WorkersStopped
 from pipeline.text import plural
-from trainer.run.stop_vote import StopRequest
 
 # Each of these starts a process of its own, which costs seconds of CPU time. The first serves Ray datasets, which are not
 # used here. The second frees the resources of a controller that dies while its driver lives; our driver would end as well.

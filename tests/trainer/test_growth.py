@@ -18,8 +18,8 @@ from tests.support.training.small_runs import SMALL, config_of, request_after, w
 from trainer.growth import dataset_of_run
 from trainer.phases import Phase, total_steps, with_growth
 from trainer.run.metrics import read_metrics
+from trainer.run.requests import Request
 from trainer.run.run import create_run, open_run, read_record
-from trainer.run.stop_vote import StopRequest
 from trainer.run.worker import Callbacks, Worker
 from trainer.train.pretrain import pretrain
 
@@ -49,7 +49,7 @@ def run_until(dataset: Dataset, out: Path, steps: int | None, grow: bool = True)
     """Train until `steps` steps of this attempt are done, or to the end."""
     config, run = open_run(str(out), config_of(data={**SMALL["data"], "grow": grow}, log_every=3), dataset)
     create_run(config, run, dataset)
-    callbacks = Callbacks(request_after(steps, StopRequest.SAVE)) if steps else Callbacks()
+    callbacks = Callbacks(request_after(steps, Request.SAVE)) if steps else Callbacks()
     pretrain(config, dataset_of_run(run.store, config, dataset), run, Worker(ledger=True), callbacks)
 
 

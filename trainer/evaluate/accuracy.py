@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from pipeline.arrays import Ints
@@ -42,8 +41,7 @@ def evaluate(
     """
     ids = np.array_split(np.arange(dataset.samples), worker.world_size)[worker.rank]
     sums = sum_metrics(logits, dataset, decoder, crop, batch, ids, worker.device)
-    if worker.world_size > 1:
-        dist.all_reduce(sums)
+    worker.group.all_reduce(sums)
     return metrics_from_sums(sums.tolist(), dataset)
 
 

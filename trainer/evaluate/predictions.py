@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from pipeline.arrays import Ints
@@ -120,8 +119,7 @@ def score(own: Predictions, labels: Labels, dataset: Dataset, worker: Worker) ->
         ]
         counts = [float((readable == 0).sum()), float((readable > 0).sum())]
         result += torch.tensor([*means, *counts], dtype=torch.float64, device=worker.device)
-    if worker.world_size > 1:
-        dist.broadcast(result, src=0)
+    worker.group.broadcast(result, source=0)
     *values, bad, good_samples = result.tolist()
     found = dict(zip(names, values, strict=True))
     where = dataset.store.url
@@ -175,11 +173,10 @@ def gather(own: torch.Tensor, worker: Worker) -> torch.Tensor:
         return own
     counts = torch.zeros(worker.world_size, dtype=torch.int64, device=worker.device)
     counts[worker.rank] = len(own)
-    dist.all_reduce(counts)
+    worker.group.all_reduce(counts)
     longest = int(counts.max())
     padded = F.pad(own, (0, 0, 0, longest - len(own))).contiguous().to(worker.device)
-    parts = [torch.empty_like(padded) for _ in counts] if worker.rank == 0 else None
-    dist.gather(padded, parts, dst=0)
+    parts = worker.group.gather(padded)
     if parts is None:
         return own[:0]
     return torch.cat([part[:count] for part, count in zip(parts, counts.tolist(), strict=True)]).cpu()

@@ -31,8 +31,12 @@ class BadSamples:
         self.limit = max(config.bad_samples, int(config.bad_share * dataset.samples))
         # This rank's since the last `check`: sample id, and whether its bytes have changed.
         self.unchecked: list[tuple[int, bool]] = []
-        # By sample id, as in RUN/bad-samples.json; on rank 0 only.
-        self.known: dict[int, dict[str, object]] = _read(run.store) if worker.rank == 0 else {}
+        # By sample id, as in RUN/bad-samples.json; used on rank 0 only.
+        self.known: dict[int, dict[str, object]] = {}
+
+    def read(self) -> None:
+        """Read those of earlier attempts. Call it on a worker that becomes rank 0."""
+        self.known = _read(self.store)
 
     def add(self, batch: TrainBatch) -> None:
         """Add the bad samples of a batch."""
@@ -41,15 +45,14 @@ class BadSamples:
     def check(self) -> None:
         """Gather the bad samples of all ranks and record new ones. UserError on all ranks if there are more than the limit."""
         everyone = _gather(self.unchecked, self.worker)
-        self.unchecked = []
         new = {sample: changed for sample, changed in everyone if sample not in self.known}
         if new and self.worker.rank == 0:
             self.known |= {sample: self._describe(sample, changed) for sample, changed in new.items()}
             text = json.dumps(list(self.known.values()), indent=1) + "\n"
             self.store.write(BAD_SAMPLES, text.encode())
-        count = torch.tensor(len(self.known), device=self.worker.device)
-        if self.worker.world_size > 1:
-            dist.broadcast(count, src=0)
+        count = torch.tensor(len(self.known))
+        self.worker.group.broadcast(count, source=0)
+        self.unchecked = []
         if int(count) > self.limit:
             raise UserError(
                 f"{int(count)} bad samples, more than the limit of {self.limit}: see {self.store.describe(BAD_SAMPLES)}. "
@@ -83,11 +86,10 @@ def _gather(own: list[tuple[int, bool]], worker: Worker) -> list[tuple[int, bool
     """Return the lists of all ranks, joined."""
     if worker.world_size == 1:
         return own
-    longest = torch.tensor(len(own), device=worker.device)
-    dist.all_reduce(longest, dist.ReduceOp.MAX)
-    rows = torch.full((int(longest), 2), -1, dtype=torch.int64, device=worker.device)
+    longest = torch.tensor(len(own))
+    worker.group.all_reduce(longest, dist.ReduceOp.MAX)
+    rows = torch.full((int(longest), 2), -1, dtype=torch.int64)
     if own:
         rows[: len(own)] = torch.tensor(own, dtype=torch.int64)
-    parts = [torch.empty_like(rows) for _ in range(worker.world_size)]
-    dist.all_gather(parts, rows)
+    parts = worker.group.all_gather(rows)
     return [(int(sample), bool(changed)) for sample, changed in torch.cat(parts).tolist() if sample >= 0]

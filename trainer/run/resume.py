@@ -1,4 +1,4 @@
-"""How a run resumes. It takes the first of these that exists:
+"""How a run resumes when its workers start. It takes the first of these that exists:
 
 1. The newest snapshot in the memory of any worker's node (`trainer.run.snapshot`). It must belong to the run's history, and
    be newer than the newest checkpoint. One worker sends it to all others.
@@ -11,11 +11,10 @@ A snapshot that is damaged, or from another run or config, is ignored. If the ne
 run, dataset or config, the run stops with UserError, because resuming from an older one would silently repeat work.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from pipeline.storage.store import Store
@@ -38,14 +37,16 @@ def resume(
     run: Run,
     worker: Worker,
     config: RunConfig,
+    nodes: Sequence[int],
     fingerprint: str,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     begin: Callable[[], None],
 ) -> ResumePoint:
-    """Load the newest state of a run into `model` and `optimizer`, as described above. Call it on every rank.
+    """Load the newest state of a run into `model` and `optimizer`, as described above. Call it on every rank. Raises WorkerLost.
 
     Args:
+        nodes: of each worker, see `trainer.run.snapshot.node_number`.
         fingerprint: of the dataset.
         begin: sets the initial weights (3.); random weights (4.) are what `model` has already.
     """
@@ -53,7 +54,7 @@ def resume(
     if checkpoint:
         earlier = read_record(run.store).fingerprints
         check_state(run.store, checkpoint, run, fingerprint, config, earlier)
-    if snapshot := restore(run, worker, config, checkpoint, model, optimizer):
+    if snapshot := restore(run, worker, config, nodes, checkpoint, model, optimizer):
         return ResumePoint(*snapshot)
     if checkpoint:
         load_weights(run.store, checkpoint, model)
@@ -65,7 +66,6 @@ def resume(
 
 def _newest_checkpoint(store: Store, worker: Worker) -> int:
     """Return the step of the newest checkpoint, 0 if there is none. Rank 0 reads it, so that all ranks agree."""
-    step = torch.tensor(newest_checkpoint(store) if worker.rank == 0 else 0, device=worker.device)
-    if worker.world_size > 1:
-        dist.broadcast(step, src=0)
+    step = torch.tensor(newest_checkpoint(store) if worker.rank == 0 else 0)
+    worker.group.broadcast(step, source=0)
     return int(step)

@@ -24,7 +24,6 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import yaml
 
 from pipeline.dataset.dataset import Dataset
@@ -271,7 +270,7 @@ def begin_attempt(
 
     Call it on every rank. `change`: what else changes in the record.
     """
-    attempt = torch.tensor(0, device=worker.device)
+    attempt = torch.tensor(0)
     if worker.rank == 0:
         check_owner(run.store, run.owner)
         record, now = change(read_record(run.store)), _versions()
@@ -279,8 +278,7 @@ def begin_attempt(
         versions = record.versions if before[-1:] == [now] else {**record.versions, len(starts): now}
         _write_record(run.store, replace(record, starts=starts, versions=versions))
         attempt += len(starts)
-    if worker.world_size > 1:
-        dist.broadcast(attempt, src=0)
+    worker.group.broadcast(attempt, source=0)
     return replace(run, attempt=int(attempt))
 
 

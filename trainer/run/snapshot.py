@@ -1,8 +1,9 @@
 """Snapshots: the newest state of a run, in the memory of each of its nodes.
 
-Every few steps one worker of each node writes the state to a memory-backed folder of its node. When workers restart, they
-agree on the newest snapshot that any of their nodes still has, and one worker sends it to the others. So losing some of
-the nodes costs a few steps, not the minutes since the last checkpoint.
+While any worker is left, it has the state (`trainer.train.loop`). Snapshots are for the loss of all workers: from time to time
+one worker of each node writes the state to a memory-backed folder of its node. When workers start, they agree on the newest
+snapshot that any of their nodes still has, and one worker sends it to the others. So the loss of all workers costs some
+seconds of training, not the minutes since the last checkpoint.
 
     FOLDER/maestream-<run id>/<node>/state.safetensors     tensors model/… and optimizer/… as in a checkpoint, and rows of
                                                           metrics; metadata: run id, attempt, step, config digest, checksum
@@ -20,6 +21,7 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +34,13 @@ from torch import nn
 
 from trainer.config.recipe import fixed_values
 from trainer.config.schema import RunConfig
-from trainer.run.checkpoint import optimizer_state, set_optimizer_state
 from trainer.run.run import Run, in_history, read_starts
+from trainer.run.transfer import from_bytes, load_state, send, state_of, to_bytes
 from trainer.run.worker import Worker
 
 STATE, WRITING = "state.safetensors", "writing"
 # Largest share of a core's time that snapshots may take; steps get slower by 1.05 times as much (benchmarks/snapshots.py).
-MAX_COST = 0.025
+MAX_COST = 0.01
 MIN_STEPS = 5  # steps between two snapshots, at least
 ROWS = "rows"  # name of the tensor with the rows of metrics: JSON as uint8
 ABANDONED_S = 3600  # snapshots of other runs that have not changed for this long are removed
@@ -52,39 +54,42 @@ def config_digest(config: RunConfig) -> str:
 
 
 class Snapshots:
-    """Writes the snapshots of one attempt that began at step `start`. Every rank makes the same calls."""
+    """Writes the snapshots of this worker's node, if this worker is the one that does. `begin` has to be called first."""
 
-    def __init__(self, run: Run, worker: Worker, config: RunConfig, start: int) -> None:
-        self.run, self.worker, self.digest = run, worker, config_digest(config)
-        # The first comes at once: until then a failure costs all steps since the newest checkpoint.
-        self.next = start + 1
-        self.last, self.last_at = start, time.perf_counter()
-        self.committed = 0.0  # step of rank 0's newest checkpoint
-        nodes = _nodes(worker)
-        self.nodes = set(nodes)  # numbers of this attempt's nodes
-        self.writes = _is_first_on_its_node(worker, nodes)
-        self.folder = _folder(config, run, worker) if self.writes else None
+    def __init__(self, worker: Worker, config: RunConfig) -> None:
+        self.worker, self.config, self.digest = worker, config, config_digest(config)
+        self.run: Run | None = None
+        self.nodes: set[int] = set()  # numbers of this attempt's nodes
+        self.writes = False
+        self.folder: Path | None = None
+        self.next, self.last, self.last_at = 0, 0, 0.0  # steps; seconds
         self.host: dict[str, torch.Tensor] = {}  # the copy of the state that is written to the file
         self.copied: torch.cuda.Event | None = None
         self.cost_s = 0.0  # time that a snapshot takes from training, in seconds of a core
         self.thread: threading.Thread | None = None
-        if self.folder:
-            _clear(self.folder.parent.parent, self.folder.parent)
+
+    def begin(self, run: Run, nodes: Sequence[int], step: int) -> None:
+        """Begin an attempt at step `step`. `nodes`: of each worker, see `node_number`."""
+        self.run, self.nodes = run, set(nodes)
+        before, self.writes = self.writes, is_first_on_its_node(self.worker.rank, nodes)
+        if self.writes and not before:
+            # The first comes at once: until then the loss of all workers costs all steps since the newest checkpoint.
+            self.next, self.last, self.last_at = step + 1, step, time.perf_counter()
+            self.folder = _folder(self.config, run, self.worker)
+            if self.folder:
+                _clear(self.folder.parent.parent, self.folder.parent)
 
     def due(self, step: int) -> bool:
-        """Whether to take a snapshot after `step` steps. The same on every rank."""
-        return step >= self.next
+        """Whether this worker takes a snapshot after `step` steps."""
+        return self.writes and step >= self.next
 
-    def take(
-        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, rows: Rows, committed: int
-    ) -> None:
-        """Take a snapshot of the state after `step` steps. Skipped on nodes where the last one is still being written.
+    def take(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, rows: Rows) -> None:
+        """Take a snapshot of the state after `step` steps. Skipped while the last one is still being written.
 
         Waits for the copy only if the model is on the CPU. The file is written in the background.
 
         Args:
             rows: metrics that are not in a checkpoint yet.
-            committed: step of the newest checkpoint, on rank 0. Every rank has it in `self.committed` afterwards.
         """
         now, begin = time.perf_counter(), time.thread_time()
         if self.folder and not (self.thread and self.thread.is_alive()):
@@ -92,36 +97,30 @@ class Snapshots:
             copy_s = time.thread_time() - begin
             self.thread = threading.Thread(target=self._write, args=(step, copy_s), name="snapshot")
             self.thread.start()
-        # Only workers that write know the cost, and all must take the next snapshot after the same step.
         step_s = (now - self.last_at) / max(step - self.last, 1)
-        shared = torch.tensor(
-            [self.cost_s, step_s, committed], dtype=torch.float64, device=self.worker.device
-        )
-        if self.worker.world_size > 1:
-            dist.all_reduce(shared, dist.ReduceOp.MAX)
-        cost_s, step_s, self.committed = shared.tolist()
-        self.next = step + max(MIN_STEPS, math.ceil(cost_s / (MAX_COST * step_s)))
+        self.next = step + max(MIN_STEPS, math.ceil(self.cost_s / (MAX_COST * step_s)))
         self.last, self.last_at = step, now
 
     def take_and_wait(
         self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, rows: Rows
     ) -> bool:
-        """Take a snapshot after `step` steps and wait until it is written. Returns whether every node has it."""
+        """Take a snapshot after `step` steps and wait until it is written. Returns whether every node has it.
+
+        Call it on every rank. Raises WorkerLost.
+        """
         if self.thread is not None:
             self.thread.join()
-        if self.folder:
+        if self.writes and self.folder:
             self._copy(model, optimizer, rows)
             self._write(step, 0.0)
-        has = torch.tensor(int(self.folder is not None or not self.writes), device=self.worker.device)
-        if self.worker.world_size > 1:
-            dist.all_reduce(has, dist.ReduceOp.MIN)
+        has = torch.tensor(int(self.folder is not None or not self.writes))
+        self.worker.group.all_reduce(has, dist.ReduceOp.MIN)
         return bool(has)
 
     def _copy(self, model: nn.Module, optimizer: torch.optim.Optimizer, rows: Rows) -> None:
-        state = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
-        state |= {f"optimizer/{name}": tensor for name, tensor in optimizer_state(model, optimizer).items()}
+        state = state_of(model, optimizer)
         on_gpu = self.worker.device.type == "cuda"
-        self.host[ROWS] = _to_bytes(rows)
+        self.host[ROWS] = to_bytes(rows)
         for name, tensor in state.items():
             if name not in self.host:
                 self.host[name] = torch.empty_like(tensor, device="cpu", pin_memory=on_gpu)
@@ -143,6 +142,7 @@ class Snapshots:
 
     def _write(self, step: int, copy_s: float) -> None:
         assert self.folder is not None
+        assert self.run is not None
         begin = time.thread_time()
         try:
             if self.copied is not None:
@@ -172,6 +172,7 @@ class Snapshots:
         Ray gives a machine a new node name each time that Ray starts on it.
         """
         assert self.folder is not None
+        assert self.run is not None
         for other in self.folder.parent.glob(f"*/{STATE}"):
             tags = read_tags(other)
             if (
@@ -198,46 +199,37 @@ def restore(
     run: Run,
     worker: Worker,
     config: RunConfig,
+    nodes: Sequence[int],
     checkpoint: int,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
 ) -> tuple[int, Rows] | None:
     """Load the newest snapshot on any worker's node, if it is newer than the checkpoint of step `checkpoint` (0: none).
 
-    Call it on every rank. Returns the snapshot's step and rows of metrics, after `model` and `optimizer` of every rank have
+    Call it on every rank. `nodes`: of each worker, see `node_number`. Returns the snapshot's step and rows of metrics, after `model` and `optimizer` of every rank have
     got its state; None if there is no such snapshot.
     """
-    state, step = _newest(run, worker, config, checkpoint)
-    newest = torch.tensor([step], device=worker.device)
-    steps = [torch.empty_like(newest) for _ in range(worker.world_size)]
-    if worker.world_size > 1:
-        dist.all_gather(steps, newest)
-    else:
-        steps = [newest]
-    best = max(int(s) for s in steps)
+    state: dict[str, torch.Tensor] = {}
+    step = checkpoint
+    if config.checkpoint.snapshots is not None and is_first_on_its_node(worker.rank, nodes):
+        state, step = _newest(run, config, checkpoint)
+    steps = [int(found) for found in worker.group.all_gather(torch.tensor([step]))]
+    best = max(steps)
     if best <= checkpoint:
         return None
-    source = next(rank for rank, s in enumerate(steps) if int(s) == best)
-    if worker.world_size > 1:
-        state = _send(state, source, worker)
-    rows = _from_bytes(state.pop(ROWS))
-    model.load_state_dict({n.removeprefix("model/"): t for n, t in state.items() if n.startswith("model/")})
-    moments = {n.removeprefix("optimizer/"): t for n, t in state.items() if n.startswith("optimizer/")}
-    set_optimizer_state(model, optimizer, moments)
+    state = send(state, steps.index(best), worker)
+    rows = from_bytes(state.pop(ROWS))
+    load_state(model, optimizer, state)
     return best, rows
 
 
-def _newest(
-    run: Run, worker: Worker, config: RunConfig, checkpoint: int
-) -> tuple[dict[str, torch.Tensor], int]:
+def _newest(run: Run, config: RunConfig, checkpoint: int) -> tuple[dict[str, torch.Tensor], int]:
     """Read the newest intact snapshot on this machine that is in the run's history and newer than the checkpoint.
 
-    Returns its tensors and its step; no tensors and the checkpoint's step if there is none, or if another worker of this node
-    reads it.
+    Returns its tensors and its step; no tensors and the checkpoint's step if there is none.
     """
+    assert config.checkpoint.snapshots is not None
     best: tuple[dict[str, torch.Tensor], int] = {}, checkpoint
-    if config.checkpoint.snapshots is None or not _is_first_on_its_node(worker, _nodes(worker)):
-        return best
     starts, digest = read_starts(run.store), config_digest(config)
     for path in Path(config.checkpoint.snapshots, f"maestream-{run.run_id}").glob(f"*/{STATE}"):
         # Damaged files, and files that are removed while they are read, are skipped. Each is opened only once: workers of
@@ -275,51 +267,14 @@ def state_checksum(state: dict[str, torch.Tensor]) -> int:
     return checksum
 
 
-def _to_bytes(value: Any) -> torch.Tensor:
-    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-
-
-def _from_bytes(data: torch.Tensor) -> Any:
-    return json.loads(data.cpu().numpy().tobytes())
-
-
-def _send(state: dict[str, torch.Tensor], source: int, worker: Worker) -> dict[str, torch.Tensor]:
-    """Send the tensors of rank `source` to all ranks."""
-    own = _to_bytes([(name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in state.items()])
-    length = torch.tensor([len(own)], device=worker.device)
-    dist.broadcast(length, source)
-    outline = torch.empty(int(length), dtype=torch.uint8, device=worker.device)
-    if worker.rank == source:
-        outline.copy_(own)
-    dist.broadcast(outline, source)
-    sent = {}
-    for name, dtype, shape in _from_bytes(outline):
-        tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=worker.device)
-        if worker.rank == source:
-            tensor.copy_(state[name])
-        dist.broadcast(tensor, source)
-        sent[name] = tensor
-    return sent
-
-
-def _nodes(worker: Worker) -> list[int]:
-    """Return the number of each worker's node, by rank."""
-    own = torch.tensor([node_number(worker.node)], device=worker.device)
-    nodes = [torch.empty_like(own) for _ in range(worker.world_size)]
-    if worker.world_size > 1:
-        dist.all_gather(nodes, own)
-    else:
-        nodes = [own]
-    return [int(node) for node in nodes]
-
-
 def node_number(node: str) -> int:
     """Hash a node's name to a number that fits into int64."""
     return int.from_bytes(hashlib.sha256(node.encode()).digest()[:7], "little")
 
 
-def _is_first_on_its_node(worker: Worker, nodes: list[int]) -> bool:
-    return worker.rank == nodes.index(nodes[worker.rank])
+def is_first_on_its_node(rank: int, nodes: Sequence[int]) -> bool:
+    """Return whether no worker of a lower rank is on the same node."""
+    return nodes.index(nodes[rank]) == rank
 
 
 def _folder(config: RunConfig, run: Run, worker: Worker) -> Path | None:

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from trainer.group.group import Group
+from trainer.run.requests import Request
 from trainer.run.step_timer import StepTimer
-from trainer.run.stop_vote import StopRequest
 
 log = logging.getLogger("maestream")
 
@@ -17,12 +18,25 @@ log = logging.getLogger("maestream")
 class Worker:
     """One process of a run's process group, and its device. The default is a single worker on the CPU."""
 
-    rank: int = 0
-    world_size: int = 1
+    group: Group = field(default_factory=Group)
     node: str = "local"  # the machine's name
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     ledger: bool = False  # whether metrics list the sample ids of each step
+    reports: bool = True  # whether it tells what all workers measure, before they have ranks
     timer: StepTimer = field(default_factory=StepTimer)  # metrics report rank 0's
+
+    @property
+    def device(self) -> torch.device:
+        return self.group.device
+
+    @property
+    def rank(self) -> int:
+        """The number of this worker, from 0. It may change when the group does, as may the world size."""
+        return self.group.rank
+
+    @property
+    def world_size(self) -> int:
+        """The number of workers."""
+        return self.group.size
 
     def log(self, lines: list[str]) -> None:
         """Print lines for the user, once for all ranks."""
@@ -35,8 +49,8 @@ class Worker:
 class Callbacks:
     """How the training loop talks to the process that started it. The default ignores everything."""
 
-    # Called after each step, on every rank:
-    stop_request: Callable[[], StopRequest] = lambda: StopRequest.NONE
+    # Called before each step, on every rank:
+    request: Callable[[], Request] = lambda: Request.NONE
     # Called on rank 0 only:
     on_attempt: Callable[[int, int, int], None] = lambda attempt, start, world_size: None
     on_step: Callable[[int], None] = lambda steps_done: None

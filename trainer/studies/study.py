@@ -23,6 +23,7 @@ from pipeline.storage.store import Store
 from trainer.config.device import best_device
 from trainer.config.recipe import CONFIG_TYPES, fixed_values, with_overrides
 from trainer.config.schema import InitConfig, PretrainConfig, RunConfig
+from trainer.group.group import Group
 from trainer.labels.labels import KIND_NAMES, check_val
 from trainer.run.metrics import read_metrics
 from trainer.run.run import LEASE, create_run, open_run
@@ -94,7 +95,7 @@ def _train(config: RunConfig, dataset: Dataset, out: str) -> dict[str, float]:
     if run.attempt == 1:
         config = resolve_start(config, dataset)
         create_run(config, run, dataset)
-    TRAIN_FUNCTIONS[config.task](config, dataset, run, Worker(device=best_device()), Callbacks())
+    TRAIN_FUNCTIONS[config.task](config, dataset, run, Worker(Group(best_device())), Callbacks())
     last = read_metrics(run.store)[-1]
     names = {"loss": "loss", "val_top1": "top1"}
     return {f"{config.task}_{column}": last[name] for name, column in names.items() if name in last}

@@ -21,15 +21,16 @@ from pipeline.stage_times import StageTimes
 from trainer.config.device import autocast, weight_dtype
 from trainer.config.model_schema import ModelConfig
 from trainer.config.schema import PretrainConfig
+from trainer.group.group import Group
 from trainer.models.mae import MAE
 from trainer.models.masking import masking_noise
 from trainer.models.pixels import check_channels, images_taken
 from trainer.run.run import make_order
 from trainer.run.step_timer import shares
 from trainer.run.worker import Worker
-from trainer.train.optim import adamw
+from trainer.step.optim import adamw
+from trainer.step.step import TrainedModel, wrap_for_training
 from trainer.train.pretrain import pretrain_step
-from trainer.train.step import wrap_for_training
 
 MIN_STEPS = 2  # timed steps, at least
 WARM_UP_STEPS = 2  # in the first, the model is compiled and AdamW allocates its state
@@ -55,7 +56,7 @@ class Bench:
 
     config: PretrainConfig
     model: MAE
-    trained: torch.nn.Module
+    trained: TrainedModel
     optimizer: torch.optim.Optimizer
     worker: Worker
 
@@ -65,7 +66,7 @@ class Bench:
 
 def make_bench(config: PretrainConfig, device: torch.device) -> Bench:
     torch.manual_seed(0)
-    worker = Worker(device=device)
+    worker = Worker(Group(device))
     model = MAE(config.model).to(device, weight_dtype(config))
     return Bench(config, model, wrap_for_training(model, config, worker), adamw(model, config.optim), worker)
 
@@ -180,7 +181,7 @@ def _parts(bench: Bench, batch: TrainBatch) -> dict[str, float]:
         times = [_now(worker.device)]
         with autocast(config, worker.device):
             noise = masking_noise(config.model, config.seed, batch.epoch, ids)
-            loss = bench.trained(
+            loss = bench.trained.forward(
                 batch.images[: config.micro_batch_size], noise[: config.micro_batch_size]
             ).mean()
         times.append(_now(worker.device))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from trainer.config.schema import RunConfig
-from trainer.run.stop_vote import StopRequest
+from trainer.run.requests import Request
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,10 @@ def make_schedule(config: RunConfig, steps_per_epoch: int, evaluate_every: float
 
 @dataclass(frozen=True)
 class Due:
-    """What is due after a step, in this order. The same on every rank, except checkpoint and picture."""
+    """What is due after a step, in this order. `meet`, `evaluate`, `stop` and `finished` are the same on every rank."""
 
     log: bool  # read losses from the device and write metrics; true whenever anything else is due
+    meet: bool  # exchange what the workers know of bad samples; true whenever `evaluate`, `stop` or `finished` is
     evaluate: bool
     checkpoint: bool  # rank 0 writes checkpoints, and only rank 0 knows when one is overdue
     picture: bool
@@ -40,26 +41,26 @@ class Due:
 
 
 def due_after(
-    step: int, schedule: Schedule, request: StopRequest, snapshot_due: bool, checkpoint_overdue: bool
+    step: int, schedule: Schedule, request: Request, snapshot_due: bool, checkpoint_overdue: bool
 ) -> Due:
     """Decide what is due after `step` steps.
 
     Args:
-        request: the stop request that all ranks have agreed on.
-        snapshot_due: whether it is time for a snapshot, the same on every rank.
-        checkpoint_overdue: whether the newest checkpoint is too old. It may differ between ranks, so it does not make any
-            other thing due: the checkpoint waits for the next step that logs.
+        request: the request that all ranks have agreed on.
+        snapshot_due: whether it is time for this node's snapshot.
+        checkpoint_overdue: whether the newest checkpoint is too old. The checkpoint waits for the next step that logs.
     """
     finished = step == schedule.total_steps
-    stop = request is not StopRequest.NONE and not finished
+    stop = request is Request.SAVE and not finished
     evaluate = schedule.evaluate_every is not None and (
         finished or (step % schedule.evaluate_every == 0 and not stop)
     )
     checkpoint = finished or _is_multiple(step, schedule.checkpoint_every)
     snapshot = snapshot_due and not finished and not stop  # a stop takes a last snapshot anyway
-    log = step % schedule.log_every == 0 or checkpoint or snapshot or evaluate or stop
+    meet = step % schedule.log_every == 0 or checkpoint or evaluate or stop
+    log = meet or snapshot
     checkpoint = checkpoint or (log and checkpoint_overdue)
-    return Due(log, evaluate, checkpoint, checkpoint, stop, snapshot, finished)
+    return Due(log, meet, evaluate, checkpoint, checkpoint, stop, snapshot, finished)
 
 
 def _is_multiple(step: int, every: int | None) -> bool:

@@ -24,11 +24,11 @@ from trainer.models.classifier import Classifier
 from trainer.run.checkpoint import EMA
 from trainer.run.run import Run
 from trainer.run.worker import Callbacks, Worker
+from trainer.step.micro_batch import with_micro_batch
+from trainer.step.objective import make_targets, sample_losses
+from trainer.step.optim import layered_adamw
+from trainer.step.step import TrainedModel, train_step, wrap_for_training
 from trainer.train.loop import train
-from trainer.train.micro_batch import with_micro_batch
-from trainer.train.objective import make_targets, sample_losses
-from trainer.train.optim import layered_adamw
-from trainer.train.step import train_step, wrap_for_training
 from trainer.weights.init import freeze, init_encoder
 
 HEAD_STD = 2e-5  # initial weights of the head (the authors' main_finetune.py): logits are near 0 at first
@@ -75,7 +75,7 @@ class FinetuneTask:
     val: Dataset | None
     worker: Worker
     model: Classifier
-    trained: nn.Module  # see `wrap_for_training`
+    trained: TrainedModel
     optimizer: torch.optim.Optimizer
     decoder: Decoder | None = None
 
@@ -96,6 +96,9 @@ class FinetuneTask:
 
     def prepare(self, decoder: Decoder) -> None:
         self.decoder = decoder
+
+    def become_main(self) -> None:
+        pass
 
     def step(self, batch: TrainBatch) -> torch.Tensor:
         sums = finetune_step(
@@ -128,7 +131,7 @@ class FinetuneTask:
 
 
 def finetune_step(
-    trained: nn.Module,
+    trained: TrainedModel,
     model: Classifier,
     optimizer: torch.optim.Optimizer,
     batch: TrainBatch,
@@ -136,7 +139,7 @@ def finetune_step(
     worker: Worker,
     labels: Labels,
 ) -> torch.Tensor:
-    """One optimizer step; `labels` are the run's, the other arguments and the result as in `trainer.train.step.train_step`."""
+    """One optimizer step; `labels` are the run's, the other arguments and the result as in `trainer.step.step.train_step`."""
     assert config.data.lanes is not None
     check_labels(batch.labels)
     per_lane = config.global_batch // config.data.lanes
@@ -155,7 +158,7 @@ def finetune_step(
             if config.model.drop_path
             else None
         )
-        return sample_losses(trained(images, kept, True), targets, labels.kind)
+        return sample_losses(trained.forward(images, kept, True), targets, labels.kind)
 
     return train_step(
         trained, optimizer, batch, config, worker, losses, per_lane if config.mixing.mixes else 1
@@ -178,7 +181,7 @@ def augment(
 
     Args:
         part: a micro-batch on the device.
-        targets: float[n, k], see `trainer.train.objective.make_targets`.
+        targets: float[n, k], see `trainer.step.objective.make_targets`.
         ids: int64[n], its sample ids, on the host.
         weights: float[n], 0 for bad samples and 1 for others, on the host.
         per_lane: consecutive samples that belong to the same lane; mixup and CutMix mix only those.

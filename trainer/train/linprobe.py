@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -15,15 +14,16 @@ from trainer.config.device import autocast, weight_dtype, with_autocast
 from trainer.config.schema import InitConfig, LinprobeConfig
 from trainer.evaluate.accuracy import check_labels
 from trainer.evaluate.predictions import evaluate
+from trainer.group.group import Group
 from trainer.labels.labels import Labels, check_same_labels, labels_of_run
 from trainer.models.probe import NORM_EPS, NORM_MOMENTUM, Probe
 from trainer.run.run import Run
 from trainer.run.worker import Callbacks, Worker
+from trainer.step.micro_batch import with_micro_batch
+from trainer.step.objective import make_targets, sample_losses
+from trainer.step.optim import LARS
+from trainer.step.step import TrainedModel, micro_batches, to_device, wrap_for_training
 from trainer.train.loop import train
-from trainer.train.micro_batch import with_micro_batch
-from trainer.train.objective import make_targets, sample_losses
-from trainer.train.optim import LARS
-from trainer.train.step import micro_batches, to_device, wrap_for_training
 from trainer.weights.init import init_encoder
 
 
@@ -53,7 +53,7 @@ class LinprobeTask:
     val: Dataset | None
     worker: Worker
     model: Probe
-    linear: nn.Module  # the model's linear layer, see `wrap_for_training`
+    linear: TrainedModel  # the model's linear layer
     optimizer: torch.optim.Optimizer
     decoder: Decoder | None = None
 
@@ -71,6 +71,9 @@ class LinprobeTask:
 
     def prepare(self, decoder: Decoder) -> None:
         self.decoder = decoder
+
+    def become_main(self) -> None:
+        pass
 
     def step(self, batch: TrainBatch) -> torch.Tensor:
         return linprobe_step(
@@ -99,7 +102,7 @@ class LinprobeTask:
 
 
 def linprobe_step(
-    linear: nn.Module,
+    linear: TrainedModel,
     model: Probe,
     optimizer: torch.optim.Optimizer,
     batch: TrainBatch,
@@ -107,7 +110,7 @@ def linprobe_step(
     worker: Worker,
     labels: Labels,
 ) -> torch.Tensor:
-    """One optimizer step of the linear layer; returns the sums that `trainer.train.step.train_step` describes.
+    """One optimizer step of the linear layer; returns and raises what `trainer.step.step.train_step` describes.
 
     Features of the whole batch are computed first: batch normalisation needs the statistics of the global batch, which are
     the same at any world size.
@@ -122,17 +125,22 @@ def linprobe_step(
         worker.timer.mark("step")
     weights = batch.weights.to(worker.device, non_blocking=True)
     targets = batch.labels.to(worker.device, non_blocking=True)
-    moments = batch_moments(torch.cat(features), weights, worker.world_size)
+    moments = batch_moments(torch.cat(features), weights, worker.group)
     normalised = normalise(torch.cat(features), moments)
-    losses = probe_losses(linear(normalised), targets, labels)
+    losses = probe_losses(linear.forward(normalised), targets, labels)
     loss = (losses * weights).sum()
-    (loss * (worker.world_size / config.global_batch)).backward()
+    linear.gradients.begin()
+    (loss / config.global_batch).backward()
+    worker.timer.mark("step")
+    linear.gradients.finish()
+    sums = torch.stack([loss.detach().double(), (weights == 0).sum().double()])
+    worker.group.all_reduce(sums)  # raises if a worker was lost in this step, see `trainer.group.group`
     worker.timer.mark("all_reduce" if worker.world_size > 1 else "step")
     optimizer.step()  # first waits for a snapshot's copy of the weights and of the statistics, which change next
     update_running_statistics(model.norm, moments)
     optimizer.zero_grad(set_to_none=True)
     worker.timer.mark("step")
-    return torch.stack([loss.detach().double(), (weights == 0).sum().double()])
+    return sums
 
 
 def probe_losses(outputs: torch.Tensor, batch_labels: torch.Tensor, labels: Labels) -> torch.Tensor:
@@ -151,8 +159,8 @@ class Moments(NamedTuple):
 
 
 @torch.no_grad()
-def batch_moments(x: torch.Tensor, weights: torch.Tensor, world_size: int) -> Moments:
-    """Compute the statistics of the global batch. Call it on every rank.
+def batch_moments(x: torch.Tensor, weights: torch.Tensor, group: Group) -> Moments:
+    """Compute the statistics of the global batch. Call it on every rank. Raises WorkerLost.
 
     Sums are float64, so that the result does not depend on the world size.
 
@@ -162,8 +170,7 @@ def batch_moments(x: torch.Tensor, weights: torch.Tensor, world_size: int) -> Mo
     """
     good = x.double() * weights[:, None]
     sums = torch.cat([good.sum(dim=0), (good * x).sum(dim=0), weights.double().sum()[None]])
-    if world_size > 1:
-        dist.all_reduce(sums)
+    group.all_reduce(sums)
     count = sums[-1].clamp(min=1)
     mean, squares = (sums[:-1] / count).chunk(2)
     return Moments(mean, (squares - mean.square()).clamp(min=0), count)

@@ -1,34 +1,42 @@
 """The training loop, the same for all tasks and at any number of workers.
 
-Step t trains on the same samples, with the same weights in the loss, at any world size: a worker's loss is the sum over its
-samples times W / B (W workers, global batch B), so the mean over workers is the mean over the global batch.
+Step t trains on the same samples, with the same weights in the loss, at any world size: the loss of a worker is the sum over its
+samples divided by the global batch B, and losses and gradients are summed over the workers.
+
+Workers may be lost, leave or join between any two steps, while the others keep their process, model and loader:
+
+    a step ─▶ done by all ─▶ what is due after it ─▶ the next step
+      │ WorkerLost: nothing has changed but gradients    │ a worker wants to join or leave: after the same step on all
+      └──────────────────▶ `Team.regroup` ◀──────────────┘
+                           1. form a group of those that are left and those that join
+                           2. the worker that is furthest gives its state to those that are behind
+                           3. begin a new attempt; take over what a lost rank 0 did
+                           4. make batches of the lanes that are now this worker's
 """
 
 import math
 import time
 
 import torch
-import torch.distributed as dist
 
 from pipeline.dataset.dataset import Dataset
 from pipeline.decode.factory import make_decoder
 from pipeline.errors import UserError
 from pipeline.loading.loader import Loader
 from trainer.config.schema import RunConfig
-from trainer.growth import batches_of, grown_record, make_stretches, phases_of
+from trainer.group.rendezvous import WorkerLost
+from trainer.growth import batches_of, make_stretches
 from trainer.models.pixels import check_pixels, images_taken
 from trainer.run.bad_samples import BadSamples
-from trainer.run.checkpoint import Checkpointer, check_finite
-from trainer.run.metrics import Metrics
-from trainer.run.resume import resume
-from trainer.run.run import Run, begin_attempt, make_order, read_record
+from trainer.run.requests import Request
+from trainer.run.run import Run, make_order
 from trainer.run.snapshot import Snapshots
-from trainer.run.stop_vote import StopRequest, StopVote
 from trainer.run.worker import Callbacks, Worker
+from trainer.step.optim import learning_rate
 from trainer.train.due import due_after, make_schedule
-from trainer.train.optim import learning_rate
-from trainer.train.pending import PendingStep, metric_rows, read_losses
+from trainer.train.pending import PendingStep, gather_sample_ids, metric_rows, read_losses
 from trainer.train.task import Task
+from trainer.train.team import BAD, EVALUATE, Team
 
 
 def train(
@@ -36,26 +44,26 @@ def train(
 ) -> bool:
     """Train to the end of the config's epochs. Resumes as `trainer.run.resume` describes.
 
-    Call it on every rank, with torch.distributed initialised if there are several. Returns whether the run is finished; if
-    any rank gets a stop request (`Callbacks.stop_request`), all save their work and stop after the same step.
-    Raises UserError on all ranks, before anything is written, if the loss is not finite.
+    Call it on every rank. If any rank gets Request.SAVE (`Callbacks.request`), all save their work and stop after the same
+    step; then it returns False. It returns True if the run is finished, or if this worker has left it. Raises UserError on
+    all ranks, before anything is written, if the loss is not finite.
     """
     model, optimizer = task.model, task.optimizer
 
-    # ---- resume
-    point = resume(run, worker, config, dataset.fingerprint, model, optimizer, task.begin)
-    start, unsaved = point.step, point.rows
-    run = begin_attempt(run, worker, start, lambda record: grown_record(record, config, dataset, start))
-    phases = phases_of(read_record(run.store), config, dataset)
-    is_main = worker.rank == 0
-    if is_main:
-        callbacks.on_attempt(run.attempt, start, worker.world_size)
-
-    # ---- data, checkpoints and metrics
+    # ---- what does not depend on the other workers
     threads = config.data.threads or torch.get_num_threads()  # this worker's share of the cores
     check_pixels(config.model, dataset)
     pixels = images_taken(config.model, dataset.manifest.pixels)
     decoder = make_decoder(config.data.decoder, task.image_size, threads, worker.device, pixels)
+    task.prepare(decoder)
+    snapshots = Snapshots(worker, config)
+    optimizer.register_step_pre_hook(lambda *_: snapshots.wait_for_copy())
+    bad_samples = BadSamples(run, worker, dataset, config.data)
+    team = Team(task, config, dataset, run, worker, callbacks, bad_samples, snapshots)
+
+    # ---- meet the other workers, and resume
+    if not team.regroup():
+        return True
 
     def make_loader(dataset: Dataset) -> Loader:
         return Loader(
@@ -63,128 +71,106 @@ def train(
             config.data.crop_area, config.data.crops, config.data.flips,
         )  # fmt: skip
 
-    stretches = make_stretches(config, dataset, phases, start, make_loader)
-    total_steps = stretches[-1].stop
-    if is_main and len(phases) > 1 and phases[-1].first_step >= start:
-        callbacks.on_event({"event": "grown", "step": phases[-1].first_step, "samples": dataset.samples})
-    bad_samples = BadSamples(run, worker, dataset, config.data)
-    checkpointer = Checkpointer(run, config, phases[-1].fingerprint)
-    snapshots = Snapshots(run, worker, config, start)
-    vote = StopVote(worker.world_size)
-    optimizer.register_step_pre_hook(lambda *_: snapshots.wait_for_copy())
-    metrics = Metrics(run) if is_main else None
-    if metrics is not None:
-        metrics.restore(unsaved)
-
-    def save_checkpoint(step: int) -> None:
-        assert metrics is not None
-        check_finite(step, model)
-        metrics.commit(step)
-        checkpointer.save(step, model, optimizer)
-
-    def report(step: int, results: dict[str, float]) -> dict[str, float]:
-        if results and is_main:
-            callbacks.on_event({"event": "evaluated", "step": step, **results})
-        return results
-
-    task.prepare(decoder)
-    if is_main and start == 0:
+    progress = team.progress
+    team.stretches = make_stretches(config, dataset, team.phases, progress.step, make_loader)
+    total_steps = team.stretches[-1].stop
+    if team.records and progress.step == 0:
         task.picture(0)
 
+    def report(results: dict[str, float]) -> dict[str, float]:
+        if results and team.records:
+            callbacks.on_event({"event": "evaluated", "step": progress.step, **results})
+        return results
+
     # ---- the loop
-    pending: list[PendingStep] = []
-    step, finished, request = start, start == total_steps, StopRequest.NONE
-    saved = 0  # steps in this attempt's newest checkpoint, on rank 0
-    logged_at = saved_at = time.perf_counter()
+    stopped = left = False
+    logged_at = time.perf_counter()
     worker.timer.start(worker.device)
-    for stretch, batch in batches_of(stretches):
+    for stretch, batch in batches_of(team.stretches):  # after `regroup`, those of the step that is next
         worker.timer.mark("data_wait")
         loader, shift = stretch.loader, stretch.shift
-        schedule = make_schedule(
-            config, stretch.steps_per_epoch, task.evaluate_every
-        )  # counts steps as the order does
-        lr = learning_rate(
-            batch.step + shift,
-            schedule.total_steps,
-            stretch.steps_per_epoch,
-            config.global_batch,
-            config.optim,
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("scale", 1.0)
+        schedule = make_schedule(config, stretch.steps_per_epoch, task.evaluate_every)
+        at, total = batch.step + shift, schedule.total_steps  # steps as the order counts them
+        lr = learning_rate(at, total, stretch.steps_per_epoch, config.global_batch, config.optim)
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = lr * parameters.get("scale", 1.0)
         bad_samples.add(batch)
-        sums = task.step(batch)
-        pending.append(PendingStep(batch.step, batch.epoch, lr, batch.wait_s, batch.sample_ids, sums))
-        step = batch.step + 1
-        if is_main:
-            callbacks.on_step(step)
-
-        request = vote.cast(callbacks.stop_request())
-        overdue = (
-            is_main
-            and time.perf_counter() - saved_at > config.checkpoint.every_minutes * 60
-            and not checkpointer.busy
-        )
-        due = due_after(step + shift, schedule, request, snapshots.due(step), overdue)
-        finished = due.finished
-        if not due.log and step < stretch.stop:
+        asked = callbacks.request()
+        leaving = asked is Request.LEAVE
+        try:
+            votes = team.vote.cast(asked, progress.saved)
+            ids = gather_sample_ids(batch.sample_ids, worker) if worker.ledger else None
+            sums = task.step(batch)
+        except WorkerLost:
+            if not team.regroup(leaving):
+                left = True
+                break
             continue
+        progress.add(PendingStep(
+            team.run.attempt, worker.world_size, batch.step, batch.epoch, lr, batch.wait_s, sums, ids
+        ), votes.saved)  # fmt: skip
+        records = team.records
+        if records:
+            callbacks.on_step(progress.step)
 
-        # ---- read the losses of all pending steps; every rank gets the same
-        losses = read_losses(pending, config.global_batch, worker, loader.part_names)
-        _check_losses(pending, losses.loss)
-        if any(losses.bad):
-            bad_samples.check()
-        now = time.perf_counter()
-        worker.timer.mark("other")
-        rows = metric_rows(pending, losses, now - logged_at, config.global_batch, run.attempt, worker)
-        rows[-1]["cache_hit_rate"] = loader.cache_hit_rate()
-        pending.clear()
-
-        # ---- evaluate
-        rows[-1] |= report(step, task.results(wait=due.finished))
-        if due.evaluate:
-            rows[-1] |= report(step, task.evaluate(step))
-        if due.finished:
-            rows[-1] |= report(step, task.results(wait=True))
-        logged_at = time.perf_counter()
-        worker.timer.start(worker.device)
-
-        # ---- log, and save
-        unsaved += rows
-        if metrics is not None:
-            metrics.write(rows)
-            extra = {"known_bad": len(bad_samples.known), "committed": checkpointer.committed}
-            callbacks.on_metrics({**rows[-1], **extra, "total_steps": total_steps})
+        overdue = records is not None and records.overdue()
+        due = due_after(at + 1, schedule, votes.request, snapshots.due(progress.step), overdue)
+        if due.log or progress.step == stretch.stop:
+            # ---- read the losses of all pending steps
+            losses = read_losses(progress.pending, config.global_batch, loader.part_names)
+            _check_losses(progress.pending, losses.loss)
+            now = time.perf_counter()
             worker.timer.mark("other")
-            if due.checkpoint:
-                save_checkpoint(step)
-                saved, saved_at = step, now
-            if due.picture:
-                task.picture(step)
-        if due.stop:
+            rows = metric_rows(progress.pending, losses, now - logged_at, config.global_batch, worker)
+            rows[-1]["cache_hit_rate"] = loader.cache_hit_rate()
+            progress.read(rows)
+
+            # ---- evaluate
+            rows[-1] |= report(task.results(wait=due.finished))
+            if due.meet:
+                unsettled = (BAD if progress.bad else 0) | (EVALUATE if due.evaluate else 0)
+                rows[-1] |= report(team.settle(unsettled))
+                progress.bad = 0
+            if due.finished:
+                rows[-1] |= report(task.results(wait=True))
+            logged_at = time.perf_counter()
+            worker.timer.start(worker.device)
+
+            # ---- log, and save
+            if records:
+                records.write(rows)
+                extra = {"known_bad": len(bad_samples.known), "committed": records.checkpointer.committed}
+                callbacks.on_metrics({**rows[-1], **extra, "total_steps": total_steps})
+                worker.timer.mark("other")
+                if due.checkpoint:
+                    records.save(progress.step)
+                    progress.saved = progress.step
+                if due.picture:
+                    task.picture(progress.step)
+            if due.stop:
+                stopped = True
+                break
+            if due.snapshot:
+                snapshots.take(progress.step, model, optimizer, progress.unsaved)
+            worker.timer.mark("checkpoint")
+        if votes.request in (Request.CHANGE, Request.LEAVE) and not team.regroup(leaving):
+            left = True
             break
-        if due.snapshot:
-            snapshots.take(step, model, optimizer, unsaved, saved)
-            unsaved = [row for row in unsaved if row["step"] >= snapshots.committed]
-        worker.timer.mark("checkpoint")
 
     # ---- stop, or end
-    if not finished:
+    if stopped:
         # A snapshot first: there may be no time left for a checkpoint.
-        kept = snapshots.take_and_wait(step, model, optimizer, unsaved)
-        if is_main and (request is StopRequest.SAVE or not kept) and saved != step:
-            save_checkpoint(step)
-    checkpointer.wait()
-    if worker.world_size > 1:
-        dist.barrier()  # a rank that exits earlier would end the others
-    if finished or request is StopRequest.SAVE:
-        snapshots.close()
-    if metrics is not None:
-        metrics.close(step)
+        snapshots.take_and_wait(progress.step, model, optimizer, progress.unsaved)
+        if team.records and team.records.saved != progress.step:
+            team.records.save(progress.step)
+    if team.records and not left:
+        team.records.close(progress.step)
+    if not left:
+        worker.group.barrier()  # a worker that exits earlier would end the others
+    snapshots.close()
     task.close()  # before the loader: it may use the decoder
     decoder.close()
-    return finished
+    return not stopped
 
 
 def _check_losses(pending: list[PendingStep], losses: list[float]) -> None:

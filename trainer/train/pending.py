@@ -19,12 +19,14 @@ from trainer.run.worker import Worker
 class PendingStep:
     """A step whose loss has not been read from the device."""
 
+    attempt: int
+    world_size: int
     step: int
     epoch: int
     lr: float
     wait_s: float  # seconds that it waited for data
-    sample_ids: torch.Tensor  # int64[n], this worker's
-    sums: torch.Tensor  # float64 on the device, see `trainer.train.step.train_step`
+    sums: torch.Tensor  # float64 on the device, see `trainer.step.step.train_step`
+    sample_ids: list[int] | None  # of all workers, rank after rank; None without a ledger
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,9 @@ class Losses:
     by_part: list[dict[str, float]]
 
 
-def read_losses(
-    pending: list[PendingStep], global_batch: int, worker: Worker, part_names: Sequence[str] = ()
-) -> Losses:
-    """Return the global losses of the pending steps. Call it on every rank; all get the same."""
+def read_losses(pending: list[PendingStep], global_batch: int, part_names: Sequence[str] = ()) -> Losses:
+    """Return the losses of the pending steps."""
     sums = torch.stack([step.sums for step in pending])
-    if worker.world_size > 1:
-        dist.all_reduce(sums)
     per_part, counts = sums[:, 2:].tensor_split(2, dim=1)
     by_part = [
         {name: loss / n for name, loss, n in zip(part_names, *row, strict=True) if n}
@@ -57,10 +55,9 @@ def metric_rows(
     losses: Losses,
     seconds: float,
     global_batch: int,
-    attempt: int,
     worker: Worker,
 ) -> list[dict[str, Any]]:
-    """Make a row of metrics for each pending step. Call it on every rank.
+    """Make a row of metrics for each pending step.
 
     Args:
         losses: as `read_losses` returned them.
@@ -70,7 +67,7 @@ def metric_rows(
     time_shares = shares(worker.timer.take())
     rows: list[dict[str, Any]] = [
         {
-            "attempt": attempt,
+            "attempt": step.attempt,
             "step": step.step,
             "epoch": step.epoch,
             "samples": (step.step + 1) * global_batch,
@@ -82,26 +79,19 @@ def metric_rows(
             "step_s": seconds / len(pending),
             "time": time_shares,
             "bad_samples": bad_count,
-            "world_size": worker.world_size,
+            "world_size": step.world_size,
+            **({} if step.sample_ids is None else {"sample_ids": step.sample_ids}),
         }
         for step, loss, bad_count, by_part in zip(
             pending, losses.loss, losses.bad, losses.by_part, strict=True
         )
     ]
-    if worker.ledger:
-        for row, ids in zip(rows, _gather_sample_ids(pending, worker), strict=True):
-            row["sample_ids"] = ids
     return rows
 
 
-def _gather_sample_ids(pending: list[PendingStep], worker: Worker) -> list[list[int]]:
-    """Return the sample ids of each pending step, rank after rank."""
-    own = torch.stack([step.sample_ids for step in pending]).to(worker.device)
-    if worker.world_size == 1:
-        return own.tolist()
-    longest = torch.tensor(own.shape[1], device=worker.device)
-    dist.all_reduce(longest, dist.ReduceOp.MAX)
-    padded = F.pad(own, (0, int(longest) - own.shape[1]), value=-1)  # some workers have a lane fewer
-    parts = [torch.empty_like(padded) for _ in range(worker.world_size)]
-    dist.all_gather(parts, padded)
-    return [[i for i in ids if i >= 0] for ids in torch.cat(parts, dim=1).tolist()]
+def gather_sample_ids(own: torch.Tensor, worker: Worker) -> list[int]:
+    """Return the sample ids of a step, rank after rank. Call it on every rank. `own`: int64[n], this worker's."""
+    longest = torch.tensor(len(own))
+    worker.group.all_reduce(longest, dist.ReduceOp.MAX)
+    padded = F.pad(own, (0, int(longest) - len(own)), value=-1)  # some workers have a lane fewer
+    return [i for i in torch.cat(worker.group.all_gather(padded)).tolist() if i >= 0]

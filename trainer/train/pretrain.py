@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from pipeline.dataset.dataset import Dataset
 from pipeline.decode.decoder import Decoder, Size
@@ -17,10 +16,10 @@ from trainer.models.mae import MAE
 from trainer.models.masking import masking_noise
 from trainer.run.run import Run
 from trainer.run.worker import Callbacks, Worker
+from trainer.step.micro_batch import with_micro_batch
+from trainer.step.optim import adamw
+from trainer.step.step import TrainedModel, train_step, wrap_for_training
 from trainer.train.loop import train
-from trainer.train.micro_batch import with_micro_batch
-from trainer.train.optim import adamw
-from trainer.train.step import train_step, wrap_for_training
 from trainer.weights.init import init_mae
 
 PICTURE_SAMPLES = 12
@@ -53,8 +52,9 @@ class PretrainTask:
     store: Store  # the run folder, for pictures
     worker: Worker
     model: MAE
-    trained: nn.Module  # see `wrap_for_training`
+    trained: TrainedModel
     optimizer: torch.optim.Optimizer
+    decoder: Decoder | None = None
     picture_samples: Batch | None = None  # rank 0 only, as is `knn`
     knn: OnlineKnn | None = None
 
@@ -71,11 +71,13 @@ class PretrainTask:
             self.worker.log(init_mae(self.config.init, self.model))
 
     def prepare(self, decoder: Decoder) -> None:
-        if self.worker.rank != 0:
-            return
-        self.picture_samples = load_evenly_spaced(self.dataset, decoder, PICTURE_SAMPLES)
+        self.decoder = decoder
+
+    def become_main(self) -> None:
+        assert self.decoder is not None
+        self.picture_samples = load_evenly_spaced(self.dataset, self.decoder, PICTURE_SAMPLES)
         if self.config.knn:
-            self.knn = OnlineKnn(self.config, self.dataset, decoder, self.worker.device)
+            self.knn = OnlineKnn(self.config, self.dataset, self.decoder, self.worker.device)
 
     def step(self, batch: TrainBatch) -> torch.Tensor:
         return pretrain_step(self.trained, self.optimizer, batch, self.config, self.worker)
@@ -101,13 +103,13 @@ class PretrainTask:
 
 
 def pretrain_step(
-    trained: nn.Module,
+    trained: TrainedModel,
     optimizer: torch.optim.Optimizer,
     batch: TrainBatch,
     config: PretrainConfig,
     worker: Worker,
 ) -> torch.Tensor:
-    """One optimizer step of an MAE; arguments and result as in `trainer.train.step.train_step`."""
+    """One optimizer step of an MAE; arguments and result as in `trainer.step.step.train_step`."""
 
     def losses(part: Batch, rows: slice) -> torch.Tensor:
         images = part.images
@@ -118,6 +120,6 @@ def pretrain_step(
             with torch.autocast(worker.device.type, enabled=False):
                 images = colour_jitter(images, config.jitter, config.seed, batch.epoch, ids)
         noise = masking_noise(config.model, config.seed, batch.epoch, part.random_ids)
-        return trained(images, noise)
+        return trained.forward(images, noise)
 
     return train_step(trained, optimizer, batch, config, worker, losses)

@@ -35,13 +35,17 @@ class Task(Protocol):
         """Set the initial weights of a new run. Not called when a run resumes."""
 
     def prepare(self, decoder: Decoder) -> None:
-        """Set up evaluation and pictures. Called once, before the first step."""
+        """Get what evaluations and pictures need. Called once, before the workers meet."""
+
+    def become_main(self) -> None:
+        """Set up what only rank 0 does. Called on rank 0 before its first step as such."""
 
     def step(self, batch: TrainBatch) -> torch.Tensor:
-        """Do one optimizer step. Returns the sums that `trainer.train.step.train_step` describes."""
+        """Do one optimizer step. Returns and raises what `trainer.step.step.train_step` describes."""
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Evaluate the model after `step` steps. Returns metrics, the same on every rank.
+        """Evaluate the model after `step` steps. Returns metrics, the same on every rank. Raises
+        WorkerLost; then it is called again.
 
         A task that evaluates in the background only starts it here and returns nothing; `results` has the metrics.
         """

@@ -20,9 +20,9 @@ from tests.support.command_line import printed, refused
 from trainer.config.recipe import CONFIG_TYPES, parse_config
 from trainer.run.events import EVENTS
 from trainer.run.metrics import METRICS, read_metrics
+from trainer.run.requests import Request
 from trainer.run.run import FAILED, LEASE, RUN, create_run, open_run
 from trainer.run.step_timer import PARTS
-from trainer.run.stop_vote import StopRequest
 from trainer.run.summary import BINS, curve, summarise, time_spent, world_over_time
 from trainer.run.worker import Callbacks, Worker
 from trainer.train.registry import TRAIN_FUNCTIONS
@@ -100,7 +100,7 @@ def train(task: str, dataset: Dataset, out: Path, stop: int = 0, **changes: Any)
         dataset,
         run,
         Worker(),
-        Callbacks(lambda: StopRequest.SAVE if next(calls) == stop else StopRequest.NONE),
+        Callbacks(lambda: Request.SAVE if next(calls) == stop else Request.NONE),
     )
 
 

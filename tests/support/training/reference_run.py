@@ -25,10 +25,10 @@ def _worker(
     rank: int, workers: int, task: str, recipe: str, overrides: tuple[str, ...], data: str, out: str
 ) -> None:
     torch.set_num_threads(max(1, available_cores() // workers))
-    with gloo_group(f"{out}.rendezvous", rank, workers):
+    with gloo_group(f"{out}.rendezvous", rank, workers) as group:
         dataset = open_dataset(data)
         config = fix_order(resolve_init(load_config(CONFIG_TYPES[task], recipe, overrides)), dataset)
         run = Run(open_store(out), Path(out).name, 1)
         if rank == 0:
             create_run(config, run, dataset)
-        assert TRAIN_FUNCTIONS[task](config, dataset, run, Worker(rank, workers), Callbacks())
+        assert TRAIN_FUNCTIONS[task](config, dataset, run, Worker(group), Callbacks())

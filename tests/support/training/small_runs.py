@@ -13,8 +13,8 @@ from tests.support.training.gloo import gloo_group, run_workers
 from trainer.config.recipe import parse_config
 from trainer.config.schema import PretrainConfig
 from trainer.run.checkpoint import committed_steps
+from trainer.run.requests import Request
 from trainer.run.run import Run, create_run, open_run
-from trainer.run.stop_vote import StopRequest
 from trainer.run.worker import Callbacks, Worker
 from trainer.train.pretrain import pretrain
 
@@ -44,10 +44,26 @@ def train(dataset: Dataset, out: Path, rank: int = 0, world_size: int = 1, **cha
     return run
 
 
-def request_after(steps: int, request: StopRequest) -> Callable[[], StopRequest]:
-    """Return a `Callbacks.stop_request` that gives `request` after `steps` steps, and from then on."""
+def request_after(steps: int, request: Request) -> Callable[[], Request]:
+    """Return a `Callbacks.request` that gives `request` after `steps` steps, and from then on."""
     calls = itertools.count(1)
-    return lambda: request if next(calls) >= steps else StopRequest.NONE
+    return lambda: request if next(calls) >= steps else Request.NONE
+
+
+class Interrupted(Exception):  # noqa: N818  # not an error
+    """Ends a run as if its process had been killed."""
+
+
+def interrupt_after(steps: int) -> Callable[[], Request]:
+    """Return a `Callbacks.request` that ends the run after `steps` steps."""
+    calls = itertools.count()
+
+    def request() -> Request:
+        if next(calls) == steps:
+            raise Interrupted
+        return Request.NONE
+
+    return request
 
 
 def train_worker(
@@ -56,10 +72,10 @@ def train_worker(
     data: str,
     out: str,
     changes: dict[str, Any],
-    request: StopRequest = StopRequest.NONE,
+    request: Request = Request.NONE,
 ) -> None:
     torch.set_num_threads(1)
-    with gloo_group(f"{out}.rendezvous", rank, world_size):
+    with gloo_group(f"{out}.rendezvous", rank, world_size) as group:
         dataset = open_dataset(data)
         config = config_of(**changes)
         run, callbacks = Run(open_store(out), Path(out).parent.name, 1), Callbacks()
@@ -67,8 +83,8 @@ def train_worker(
             create_run(config, run, dataset)
         else:
             callbacks = Callbacks(request_after(9 + rank, request))
-        assert pretrain(config, dataset, run, Worker(rank, world_size, ledger=True), callbacks) == (
-            request is StopRequest.NONE
+        assert pretrain(config, dataset, run, Worker(group, ledger=True), callbacks) == (
+            request is Request.NONE
         )
 
 

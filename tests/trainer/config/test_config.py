@@ -13,7 +13,7 @@ from trainer.config.optim_schema import AdamWConfig
 from trainer.config.recipe import CONFIG_TYPES, differences, dump_config, load_config, parse_config
 from trainer.config.schema import FinetuneConfig, PretrainConfig, WorkersConfig
 from trainer.models.mae import MAE
-from trainer.train.optim import adamw, learning_rate
+from trainer.step.optim import adamw, learning_rate
 
 RECIPES = sorted(Path("recipes").glob("*.yaml"))
 

@@ -12,12 +12,15 @@ from pipeline.stage_times import StageTimes
 from trainer.config.recipe import parse_config
 from trainer.config.schema import FinetuneConfig
 from trainer.evaluate.knn import knn_votes
+from trainer.group.gradients import GradientSum
+from trainer.group.group import Group
 from trainer.labels.labels import Labels
 from trainer.models.classifier import Classifier
 from trainer.run.worker import Worker
+from trainer.step.optim import layered_adamw
+from trainer.step.step import TrainedModel
 from trainer.train.finetune import finetune_step
 from trainer.train.linprobe import NORM_EPS, batch_moments, normalise, update_running_statistics
-from trainer.train.optim import layered_adamw
 
 
 def test_neighbours_by_numpy() -> None:
@@ -43,7 +46,7 @@ def test_batch_statistics_are_torchs_over_good_samples(good: int, bad: int) -> N
     for _ in range(3):
         x = torch.randn(good + bad, 4, generator=rng, dtype=torch.float64) * 3 + 1
         weights = torch.cat([torch.ones(good), torch.zeros(bad)])
-        moments = batch_moments(x, weights, world_size=1)
+        moments = batch_moments(x, weights, Group())
         torch.testing.assert_close(normalise(x, moments)[:good], theirs(x[:good]))
         update_running_statistics(norm, moments)
     torch.testing.assert_close(norm.running_mean, theirs.running_mean)
@@ -77,7 +80,8 @@ def test_lower_precision_changes_no_augmentation() -> None:
         model = Classifier(config.model, 7)
         looked = Looked(model)
         optimizer = layered_adamw(model, 1, config.optim, 0.75)
-        finetune_step(looked, model, optimizer, batch, config, Worker(), Labels(kind="class", outputs=7))
+        trained = TrainedModel(looked, GradientSum(model, Group()))
+        finetune_step(trained, model, optimizer, batch, config, Worker(), Labels(kind="class", outputs=7))
         seen[precision] = torch.cat(looked.seen)
         assert len(looked.seen) == 4
     assert seen["bf16"].dtype == torch.float32

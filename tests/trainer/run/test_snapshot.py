@@ -52,14 +52,22 @@ def config_in(folder: Path, **changes: Any) -> PretrainConfig:
     return config_of(checkpoint={"snapshots": str(folder)}, **changes)
 
 
+def begin_snapshots(run: Run, folder: Path, worker: Worker | None = None, start: int = 0) -> Snapshots:
+    """The snapshots of a worker that is alone."""
+    worker = worker or Worker()
+    snapshots = Snapshots(worker, config_in(folder))
+    snapshots.begin(run, [node_number(worker.node)], start)
+    return snapshots
+
+
 def write_snapshot(folder: Path, step: int, seed: int, start: int = 0, node: str = "local") -> str:
     """Take a snapshot after `step` steps, as a worker does that is then killed. Returns the digest of its state."""
     worker = Worker(node=node)
     run = begin_attempt(make_run(folder), worker, start)
-    snapshots = Snapshots(run, worker, config_in(folder), start)
+    snapshots = begin_snapshots(run, folder, worker, start)
     state = make_state(seed)
     assert snapshots.due(step)
-    snapshots.take(step, *state, ROWS, 0)
+    snapshots.take(step, *state, ROWS)
     assert snapshots.thread is not None
     snapshots.thread.join()
     return digest(*state)
@@ -68,7 +76,9 @@ def write_snapshot(folder: Path, step: int, seed: int, start: int = 0, node: str
 def restored(folder: Path, checkpoint: int = 0, **changes: Any) -> tuple[int, str] | None:
     """Restore in a new worker. Returns the step and the digest of the restored state, None if there is no snapshot."""
     state = make_state(99)
-    got = restore(make_run(folder), Worker(), config_in(folder, **changes), checkpoint, *state)
+    got = restore(
+        make_run(folder), Worker(), config_in(folder, **changes), [node_number("local")], checkpoint, *state
+    )
     if got is None:
         assert digest(*state) == digest(*make_state(99))  # nothing was restored
         return None
@@ -102,8 +112,8 @@ def test_snapshots_of_this_attempts_other_nodes_are_kept(tmp_path: Path) -> None
     write_snapshot(tmp_path, 5, seed=1, node="first")
     worker = Worker(node="second")
     run = begin_attempt(make_run(tmp_path), worker, 5)
-    snapshots = Snapshots(run, worker, config_in(tmp_path), 5)
-    snapshots.nodes.add(node_number("first"))
+    snapshots = Snapshots(worker, config_in(tmp_path))
+    snapshots.begin(run, [node_number("second"), node_number("first")], 5)
     assert snapshots.take_and_wait(9, *make_state(2), ROWS)
     assert {path.name for path in (tmp_path / "maestream-a-run").iterdir()} == {"first", "second"}
 
@@ -144,18 +154,18 @@ def test_damaged_snapshots_and_those_of_other_runs_are_ignored(tmp_path: Path, d
 
 def test_take_and_wait(tmp_path: Path) -> None:
     run = begin_attempt(make_run(tmp_path), Worker(), 0)
-    snapshots = Snapshots(run, Worker(), config_in(tmp_path), 0)
+    snapshots = begin_snapshots(run, tmp_path)
     state = make_state(1)
-    snapshots.take(1, *make_state(2), [], 0)
+    snapshots.take(1, *make_state(2), [])
     assert snapshots.take_and_wait(2, *state, ROWS)
     assert restored(tmp_path) == (2, digest(*state))
-    assert not Snapshots(run, Worker(), config_in(tmp_path / "nowhere"), 0).take_and_wait(3, *state, ROWS)
+    assert not begin_snapshots(run, tmp_path / "nowhere").take_and_wait(3, *state, ROWS)
 
 
 def test_close_removes_the_snapshot(tmp_path: Path) -> None:
     run = begin_attempt(make_run(tmp_path), Worker(), 0)
-    snapshots = Snapshots(run, Worker(), config_in(tmp_path), 0)
-    snapshots.take(1, *make_state(1), ROWS, 0)
+    snapshots = begin_snapshots(run, tmp_path)
+    snapshots.take(1, *make_state(1), ROWS)
     snapshots.close()
     assert not (tmp_path / "maestream-a-run").exists()
 
@@ -169,11 +179,11 @@ def test_a_full_folder_gives_one_warning_and_training_continues(
         pytest.skip("may not mount here")
     try:
         run = begin_attempt(make_run(tmp_path), Worker(), 0)
-        snapshots = Snapshots(run, Worker(), config_in(small), 0)
+        snapshots = begin_snapshots(run, small)
         model = nn.Linear(200, 200)
         with caplog.at_level(logging.WARNING, "maestream"):
             for step in (1, 2000):
-                snapshots.take(step, model, torch.optim.AdamW(model.parameters()), [], 0)
+                snapshots.take(step, model, torch.optim.AdamW(model.parameters()), [])
             snapshots.close()
         assert caplog.text.count("no more snapshots in") == 1
         assert list(small.iterdir()) == []
@@ -184,11 +194,12 @@ def test_a_full_folder_gives_one_warning_and_training_continues(
 def _restore_worker(rank: int, world_size: int, folder: str, expected: str) -> None:
     """Restore where rank 1 has the newest snapshot on its machine, rank 2 an older one and rank 0 none."""
     base = Path(folder)
-    with gloo_group(f"{folder}/meet", rank, world_size):
+    with gloo_group(f"{folder}/meet", rank, world_size) as group:
         state = make_state(90 + rank)
         config = config_in(base / f"machine-{rank}")
-        worker = Worker(rank, world_size, f"machine-{rank}")
-        got = restore(make_run(base), worker, config, 2, *state)
+        worker = Worker(group, f"machine-{rank}")
+        nodes = [node_number(f"machine-{other}") for other in range(world_size)]
+        got = restore(make_run(base), worker, config, nodes, 2, *state)
         assert got == (9, ROWS)
         assert digest(*state) == expected
 

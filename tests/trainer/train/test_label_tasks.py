@@ -29,8 +29,8 @@ from trainer.models.classifier import Classifier
 from trainer.models.vit import sincos_pos_embed
 from trainer.run.checkpoint import load_weights
 from trainer.run.metrics import read_metrics
+from trainer.run.requests import Request
 from trainer.run.run import Run, create_run, open_run
-from trainer.run.stop_vote import StopRequest
 from trainer.run.worker import Callbacks, Worker
 from trainer.studies.study import prepare_study
 from trainer.train.finetune import finetune
@@ -41,13 +41,13 @@ pytestmark = pytest.mark.integration
 
 def _worker(rank: int, world_size: int, kind: str, data: str, out: str, init: Any) -> None:
     torch.set_num_threads(1)
-    with gloo_group(f"{out}.rendezvous", rank, world_size):
+    with gloo_group(f"{out}.rendezvous", rank, world_size) as group:
         dataset = open_dataset(data)
         config = config_of(kind, init, data)
         run = Run(open_store(out), Path(out).parent.name, 1)
         if rank == 0:
             create_run(config, run, dataset)
-        assert KINDS[kind][1](config, dataset, run, Worker(rank, world_size), Callbacks())
+        assert KINDS[kind][1](config, dataset, run, Worker(group), Callbacks())
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_a_stopped_run_resumes(
             config, run = open_run(str(tmp_path / out), config, scenes)
             create_run(config, run, scenes)
             if stop:
-                callbacks = Callbacks(request_after(stop, StopRequest.SAVE))
+                callbacks = Callbacks(request_after(stop, Request.SAVE))
                 assert not loop(config, scenes, run, Worker(), callbacks)
             else:
                 assert loop(config, scenes, run, Worker(), Callbacks())
@@ -100,7 +100,7 @@ def test_a_stopped_run_resumes(
 
 def _evaluate(rank: int, world_size: int, datasets: list[str], out: str) -> None:
     found = []
-    with gloo_group(f"{out}/rendezvous-{world_size}", rank, world_size):
+    with gloo_group(f"{out}/rendezvous-{world_size}", rank, world_size) as group:
         for data in datasets:
             seen: list[float] = []
 
@@ -110,7 +110,7 @@ def _evaluate(rank: int, world_size: int, datasets: list[str], out: str) -> None
                 return torch.stack([marks * k % 7 for k in range(1, 8)], dim=1)
 
             measured = evaluate(
-                logits, open_dataset(data), make_decoder("cpu", 32, 1), 0.875, 8, Worker(rank, world_size)
+                logits, open_dataset(data), make_decoder("cpu", 32, 1), 0.875, 8, Worker(group)
             )
             parts: list[Any] = [None] * world_size
             dist.all_gather_object(parts, seen)
@@ -210,7 +210,7 @@ def test_only_the_last_block_is_trained(pretrained: dict[str, str], scenes: Data
     for stop in (2, None):
         fixed, run = open_run(str(tmp_path / "run"), config, scenes)
         create_run(fixed, run, scenes)
-        callbacks = Callbacks(request_after(stop, StopRequest.SAVE)) if stop else Callbacks()
+        callbacks = Callbacks(request_after(stop, Request.SAVE)) if stop else Callbacks()
         assert finetune(fixed, scenes, run, Worker(), callbacks) == (stop is None)
     before, after = weights(pretrained["run"]), weights(tmp_path / "run")
     same = {name for name in after if name in before and torch.equal(after[name], before[name])}

@@ -15,11 +15,20 @@ from pipeline.errors import UserError
 from pipeline.storage.store import open_store
 from tests.support.datasets import build_dataset
 from tests.support.runs import losses
-from tests.support.training.small_runs import SMALL, config_of, request_after, spawn, train, weights
+from tests.support.training.small_runs import (
+    SMALL,
+    Interrupted,
+    config_of,
+    interrupt_after,
+    request_after,
+    spawn,
+    train,
+    weights,
+)
 from trainer.run.checkpoint import committed_steps, newest_checkpoint, steps_to_keep
 from trainer.run.metrics import read_metrics
+from trainer.run.requests import Request
 from trainer.run.run import begin_attempt, create_run, make_order, open_run, read_starts
-from trainer.run.stop_vote import StopRequest
 from trainer.run.worker import Callbacks, Worker
 from trainer.train.pretrain import pretrain
 
@@ -45,26 +54,16 @@ def test_world_size_changes_no_loss_and_no_parameter(
         assert torch.allclose(theirs[name], tensor, rtol=1e-7, atol=1e-9), name
 
 
-@pytest.mark.parametrize(
-    ("stop_request", "snapshots"),
-    [
-        (StopRequest.RESTART, "/dev/shm"),
-        (StopRequest.SAVE, None),
-        pytest.param(StopRequest.RESTART, None, marks=pytest.mark.soak),
-        pytest.param(StopRequest.SAVE, "/dev/shm", marks=pytest.mark.soak),
-    ],
-)
+@pytest.mark.parametrize("snapshots", [None, pytest.param("/dev/shm", marks=pytest.mark.soak)])
 def test_all_ranks_stop_after_the_same_step_and_no_step_is_repeated(
-    scenes: Dataset, tmp_path: Path, stop_request: StopRequest, snapshots: str | None
+    scenes: Dataset, tmp_path: Path, snapshots: str | None
 ) -> None:
     """Of three workers, one gets the request after step 10, another later."""
     train(scenes, tmp_path / "alone")
     out, changes = tmp_path / "run", {"checkpoint": {"every_steps": 4, "snapshots": snapshots}}
-    spawn(3, scenes.store.url, str(out), changes, stop_request)
+    spawn(3, scenes.store.url, str(out), changes, Request.SAVE)
     committed = committed_steps(open_store(str(out)))
-    assert (committed[-1] == 11) == (
-        stop_request is StopRequest.SAVE or snapshots is None
-    )  # requested after step 10, counted after step 11
+    assert committed[-1] == 11  # requested before step 11, and counted in it
     run = train(scenes, out, **changes)
     assert read_starts(run.store) == [0, 11]
     assert losses(out) == pytest.approx(losses(tmp_path / "alone"), rel=1e-9, abs=0)
@@ -76,14 +75,29 @@ def test_all_ranks_stop_after_the_same_step_and_no_step_is_repeated(
     assert not Path(f"/dev/shm/maestream-{tmp_path.name}").exists()
 
 
+def test_the_loss_of_all_workers_costs_the_steps_since_the_newest_snapshot(
+    scenes: Dataset, tmp_path: Path
+) -> None:
+    train(scenes, tmp_path / "whole")
+    out, changes = tmp_path / "run", {"checkpoint": {"snapshots": str(tmp_path)}}
+    config, run = open_run(str(out), config_of(**changes), scenes)
+    create_run(config, run, scenes)
+    with pytest.raises(Interrupted):
+        pretrain(config, scenes, run, Worker(), Callbacks(interrupt_after(20)))
+    run = train(scenes, out, **changes)
+    first, second = read_starts(run.store)
+    assert first == 0 < second <= 20
+    assert losses(out) == losses(tmp_path / "whole")
+
+
 def test_a_deleted_run_folder_and_the_same_name_again_start_from_zero(
     scenes: Dataset, tmp_path: Path
 ) -> None:
     out, changes = tmp_path / "run", {"checkpoint": {"snapshots": str(tmp_path)}}
     config, run = open_run(str(out), config_of(**changes), scenes)
     create_run(config, run, scenes)
-    callbacks = Callbacks(request_after(7, StopRequest.RESTART))
-    assert not pretrain(config, scenes, run, Worker(), callbacks)
+    with pytest.raises(Interrupted):
+        pretrain(config, scenes, run, Worker(), Callbacks(interrupt_after(7)))
     assert len(list(tmp_path.glob("maestream-*"))) == 1  # a run with the same id would resume from it
     shutil.rmtree(out)
     run = train(scenes, out, **changes)
@@ -94,7 +108,7 @@ def test_a_deleted_run_folder_and_the_same_name_again_start_from_zero(
 def test_a_stop_request_before_the_last_step_lets_the_run_finish(scenes: Dataset, tmp_path: Path) -> None:
     config, run = open_run(str(tmp_path / "run"), config_of(), scenes)
     create_run(config, run, scenes)
-    assert pretrain(config, scenes, run, Worker(), Callbacks(request_after(29, StopRequest.SAVE)))
+    assert pretrain(config, scenes, run, Worker(), Callbacks(request_after(29, Request.SAVE)))
     assert committed_steps(run.store)[-1] == 30
 
 

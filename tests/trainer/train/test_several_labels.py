@@ -24,10 +24,11 @@ from tests.support.training.small_runs import request_after, weights
 from trainer.evaluate.features import predict_shard
 from trainer.evaluate.inference_shard import InferenceShard
 from trainer.evaluate.predictions import Predictions, score
+from trainer.group.group import Group
 from trainer.labels.labels import LABELS, Labels, read_labels
 from trainer.run.metrics import read_metrics
+from trainer.run.requests import Request
 from trainer.run.run import create_run, open_run
-from trainer.run.stop_vote import StopRequest
 from trainer.run.worker import Callbacks, Worker
 from trainer.weights.api import load_classifier
 from trainer.weights.pretrained import read_model_info
@@ -55,16 +56,16 @@ def config_for(task: str, dataset: Dataset, **changes: Any) -> Any:
 def train(task: str, dataset: Dataset, out: Path, stop: int | None = None, **changes: Any) -> bool:
     config, run = open_run(str(out), config_for(task, dataset, **changes), dataset)
     create_run(config, run, dataset)
-    callbacks = Callbacks(request_after(stop, StopRequest.SAVE)) if stop else Callbacks()
+    callbacks = Callbacks(request_after(stop, Request.SAVE)) if stop else Callbacks()
     return KINDS[task][1](config, dataset, run, Worker(), callbacks)
 
 
 def _worker(rank: int, world_size: int, task: str, data: str, out: str) -> None:
     torch.set_num_threads(1)
-    with gloo_group(f"{out}.rendezvous", rank, world_size):
+    with gloo_group(f"{out}.rendezvous", rank, world_size) as group:
         dataset = open_dataset(data)
         config, run = open_run(out, config_for(task, dataset), dataset)
-        assert KINDS[task][1](config, dataset, run, Worker(rank, world_size), Callbacks())
+        assert KINDS[task][1](config, dataset, run, Worker(group), Callbacks())
 
 
 @pytest.mark.parametrize("kind", SEVERAL)
@@ -101,7 +102,7 @@ def test_a_sample_without_a_label_stops_training(kind: LabelKind, tmp_path: Path
 SCORED: tuple[tuple[LabelKind, int], ...] = (("classes", 3), ("classes", 37), ("numbers", 3), ("numbers", 37))
 
 
-def score_part(rank: int, world_size: int, kind: LabelKind, samples: int) -> dict[str, float]:
+def score_part(group: Group, kind: LabelKind, samples: int) -> dict[str, float]:
     """Scores of 70 classes or numbers, of which each rank knows the outputs of its own samples."""
     rng = np.random.default_rng(samples)
     outputs = rng.normal(size=(samples, 70)).round(1)
@@ -109,16 +110,16 @@ def score_part(rank: int, world_size: int, kind: LabelKind, samples: int) -> dic
         (rng.random((samples, 70)) < 0.2).astype(np.float32) if kind == "classes" else outputs + rng.random()
     )
     readable = np.arange(samples) % 7 != 2
-    rows = np.array_split(np.arange(samples), world_size)[rank]
+    rows = np.array_split(np.arange(samples), group.size)[group.rank]
     own = Predictions(*(torch.from_numpy(values[rows]) for values in (outputs, truth, readable)))
     labels = Labels(kind=kind, outputs=70, mean=(0.0,) * 70, deviation=(2.0,) * 70)
     dataset: Any = SimpleNamespace(samples=samples, store=SimpleNamespace(url="shards/val"))
-    return score(own, labels, dataset, Worker(rank, world_size))
+    return score(own, labels, dataset, Worker(group))
 
 
 def _score(rank: int, world_size: int, folder: str) -> None:
-    with gloo_group(f"{folder}/rendezvous-{world_size}", rank, world_size):
-        found = [score_part(rank, world_size, kind, samples) for kind, samples in SCORED]
+    with gloo_group(f"{folder}/rendezvous-{world_size}", rank, world_size) as group:
+        found = [score_part(group, kind, samples) for kind, samples in SCORED]
         Path(folder, f"{world_size}-{rank}.json").write_text(json.dumps(found))
 
 

@@ -16,8 +16,8 @@ from tests.support.training.small_runs import SMALL, config_of, spawn, train
 from trainer.config.device import should_compile
 from trainer.config.model_schema import ModelConfig
 from trainer.run.step_timer import PARTS, StepTimer, shares
+from trainer.step.micro_batch import fastest
 from trainer.train.benchmark import BASELINE, count_flops, table_2
-from trainer.train.micro_batch import fastest
 
 pytestmark = pytest.mark.integration
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from trainer.labels.labels import Labels
-from trainer.train.objective import make_targets, sample_losses
+from trainer.step.objective import make_targets, sample_losses
 
 NUMBERS = Labels(kind="numbers", outputs=2, mean=(2015.0, -3.5), deviation=(2.0, 1e-3))
 

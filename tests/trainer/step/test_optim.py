@@ -8,8 +8,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, SequentialLR
 from trainer.config.model_schema import ClassifierConfig
 from trainer.config.optim_schema import FinetuneOptimConfig, LarsConfig
 from trainer.models.classifier import Classifier
+from trainer.step.optim import LARS, layered_adamw, learning_rate
 from trainer.train.finetune import average, averaged
-from trainer.train.optim import LARS, layered_adamw, learning_rate
 from trainer.weights.init import freeze
 
 SHAPE = ClassifierConfig(image_size=16, patch_size=8, width=16, depth=4, heads=2, pool="mean", drop_path=0.3)

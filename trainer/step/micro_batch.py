@@ -8,7 +8,6 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from pipeline.dataset.dataset import Dataset
@@ -34,20 +33,23 @@ def with_micro_batch(
     forward: Callable[[torch.Tensor], torch.Tensor],
     multiple_of: int = 1,
 ) -> ConfigT:
-    """Return the config with micro_batch as a number, the same on every rank; auto is measured. Call it on every rank.
+    """Return the config with micro_batch as a number; auto is measured.
+
+    Each worker measures for itself, since a worker may join later. It does not matter if they find different numbers.
 
     Args:
         model: the model in training. Its gradients are cleared; nothing else of it changes.
         forward: maps images, pixels [n, c, h, w] on the device, to a tensor whose sum is differentiated if it requires
             gradients.
-        multiple_of: the micro-batch is a multiple of it, see `trainer.train.step.micro_batches`.
+        multiple_of: the micro-batch is a multiple of it, see `trainer.step.step.micro_batches`.
 
     Raises UserError if the first trial does not fit the device's memory: `multiple_of` or FIRST samples, whichever is more.
     """
     if config.micro_batch != "auto":
         return config
     order = make_order(config, dataset)
-    most = len(order.lanes_of(worker.rank, worker.world_size)) * (order.global_batch // order.lanes)
+    workers = config.workers.max if worker.group.changes else worker.world_size
+    most = len(order.lanes_of(0, workers)) * (order.global_batch // order.lanes)
 
     def trial(n: int) -> None:
         try:
@@ -64,9 +66,7 @@ def with_micro_batch(
     first = min(most, max(FIRST, multiple_of))
     try:
         reserve = _reserve(model, worker)  # held during the trials
-        found = torch.tensor(
-            fastest(lambda n: _seconds(partial(trial, n), worker.device), first, most), device=worker.device
-        )
+        found = fastest(lambda n: _seconds(partial(trial, n), worker.device), first, most)
     except torch.OutOfMemoryError:
         raise UserError(
             f"micro_batch=auto: {plural(first, 'sample')} cannot fit in the memory of {worker.device}: use a smaller model or image_size"
@@ -74,10 +74,8 @@ def with_micro_batch(
     del reserve
     if worker.device.type == "cuda":
         torch.cuda.empty_cache()
-    if worker.world_size > 1:
-        dist.all_reduce(found, dist.ReduceOp.MIN)
-    chosen = int(found) // multiple_of * multiple_of
-    if worker.rank == 0:
+    chosen = found // multiple_of * multiple_of
+    if worker.reports:
         callbacks.on_event({"event": "micro_batch", "samples": chosen, "most": most})
     return config.model_copy(update={"micro_batch": chosen})
 
@@ -120,10 +118,10 @@ def _seconds(act: Callable[[], object], device: torch.device) -> float:
 
 
 def _reserve(model: nn.Module, worker: Worker) -> torch.Tensor | None:
-    """Allocate what training needs of a GPU besides: AdamW's moments, DDP's buckets, and headroom. None on a CPU."""
+    """Allocate what training needs of a GPU besides: AdamW's moments, buckets of gradients, and headroom. None on a CPU."""
     if worker.device.type != "cuda":
         return None
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     headroom = HEADROOM * torch.cuda.get_device_properties(worker.device).total_memory
-    size = int((2 + (worker.world_size > 1)) * trained + headroom)
+    size = int((2 + worker.group.several) * trained + headroom)
     return torch.empty(size, dtype=torch.uint8, device=worker.device)

@@ -1,0 +1,1 @@
+"""The process group of a run's workers, which is rebuilt while they train when a worker is lost or joins."""

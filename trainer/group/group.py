@@ -1,0 +1,221 @@
+"""The process group of a run's workers. It can be rebuilt, in the same processes, when a worker is lost, leaves or joins.
+
+    train a step ──▶ WorkerLost: no result, nothing was changed
+         ▲                │
+         └── rebuild ◀────┘  abort the old group's connections; check in at the rendezvous, which returns who trains together
+                             from now on, the *generation*; connect to them
+
+Every operation either has the same result on all workers or raises WorkerLost on those that it fails on. It may succeed on
+some workers and fail on others: so after `rebuild` the workers compare how far they are (`trainer.run.agreement`).
+
+A group whose connections break fails at once with gloo. With NCCL operations hang, and with both they do if a worker hangs.
+So whoever learns of a lost worker calls `interrupt`, which aborts the group from another thread.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from trainer.group.gloo import Endpoint, GlooDevice
+from trainer.group.rendezvous import Address, Generation, Rendezvous, WorkerLost
+
+CONNECT_TIMEOUT = timedelta(seconds=10)  # for all workers of a generation to connect
+
+
+class Backend(Protocol):
+    """How the workers' devices communicate: gloo, NCCL, or a stand-in for it in tests."""
+
+    def connect(self, store: dist.Store, rank: int, size: int) -> Any:
+        """Return a process group with the other workers."""
+
+    def abort(self, others: Sequence[Endpoint]) -> None:
+        """Make all operations of that process group end soon, with an error or without a result."""
+
+
+class Group:
+    """The workers that train together, as one of them sees them. The default is a single worker that is alone for good.
+
+    Args:
+        device: of the tensors that the workers exchange; tensors on the CPU can be exchanged as well.
+        fixed: a process group that is not rebuilt: if it fails, operations raise its RuntimeError.
+        rendezvous: where the workers meet; None: the group is fixed. `rebuild` has to be called first.
+        member: the name of this worker.
+        host: the address of this machine that the others reach.
+        backend: for tensors on the device; None: gloo, as for those on the CPU.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | None = None,
+        fixed: dist.ProcessGroup | None = None,
+        rendezvous: Rendezvous | None = None,
+        member: str = "",
+        host: str = "127.0.0.1",
+        backend: Backend | None = None,
+    ) -> None:
+        self.device = device or torch.device("cpu")
+        self.rendezvous, self.member, self.backend = rendezvous, member, backend
+        self.rank, self.size = (fixed.rank(), fixed.size()) if fixed else (0, 1)
+        self.on_cpu: Any = fixed  # the process groups
+        self.on_device: Any = fixed
+        self.generation: Generation | None = None
+        self.lost = False  # this generation has lost a worker
+        self.dead: set[str] = set()  # workers that are known to be lost
+        self.lock = threading.Lock()  # of the five attributes before
+        if rendezvous:
+            self.gloo = GlooDevice(host)
+            self.store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+            self.address = Address((host, self.store.port), self.gloo.endpoint)
+
+    @property
+    def changes(self) -> bool:
+        """Whether the group can be rebuilt."""
+        return self.rendezvous is not None
+
+    @property
+    def several(self) -> bool:
+        """Whether there are several workers, or may be."""
+        return self.changes or self.size > 1
+
+    # ---- operations
+
+    def start(self, tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Any:
+        """Start to reduce a tensor over all workers, in place. Returns what `wait` takes."""
+        if self.size == 1:
+            return None
+        options = dist.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp(op)
+        return self._try(lambda: self._group(tensor).allreduce([tensor], options))
+
+    def wait(self, work: Any) -> None:
+        """Wait for an operation that `start` began. On a GPU only its stream waits: see `all_reduce`."""
+        if work is not None:
+            self._try(work.wait)
+
+    def all_reduce(self, tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
+        """Reduce a tensor over all workers, in place. The result is there when it returns, and that of all operations before."""
+        self.wait(self.start(tensor, op))
+        if tensor.is_cuda and self.changes:
+            torch.cuda.current_stream(tensor.device).synchronize()
+        self.check()
+
+    def broadcast(self, tensor: torch.Tensor, source: int) -> None:
+        """Copy the tensor of rank `source` to all workers."""
+        if self.size == 1:
+            return
+        options = dist.BroadcastOptions()
+        options.rootRank = source
+        self.wait(self._try(lambda: self._group(tensor).broadcast([tensor], options)))
+
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Return the tensors of all workers, by rank. They must have the same shape."""
+        if self.size == 1:
+            return [tensor]
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        self.wait(self._try(lambda: self._group(tensor).allgather([parts], [tensor])))
+        return parts
+
+    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor] | None:
+        """Return the tensors of all workers, by rank, on rank 0; None on others. They must have the same shape."""
+        if self.size == 1:
+            return [tensor]
+        parts = [torch.empty_like(tensor) for _ in range(self.size)] if self.rank == 0 else None
+        options = dist.GatherOptions()
+        options.rootRank = 0
+        outputs = [] if parts is None else [parts]
+        self.wait(self._try(lambda: self._group(tensor).gather(outputs, [tensor], options)))
+        return parts
+
+    def barrier(self) -> None:
+        """Wait for all workers."""
+        self.all_reduce(torch.zeros(1))
+
+    def check(self) -> None:
+        """Raise WorkerLost if this generation has lost a worker."""
+        if self.lost:
+            raise WorkerLost("a worker is lost")
+
+    def _group(self, tensor: torch.Tensor) -> Any:
+        return self.on_device if tensor.device.type == self.device.type else self.on_cpu
+
+    def _try(self, act: Callable[[], Any]) -> Any:
+        self.check()
+        try:
+            return act()
+        except RuntimeError as error:
+            if not self.changes:
+                raise
+            self._abort()  # the others may wait for this worker
+            raise WorkerLost(str(error)) from None
+
+    # ---- changes
+
+    def interrupt(self, member: str) -> None:
+        """Tell the group that a worker is lost. Safe to call from any thread."""
+        with self.lock:
+            self.dead.add(member)
+            concerned = self.generation is not None and member in self.generation.members
+        if concerned:
+            self._abort()
+
+    def rebuild(self, leaving: bool = False) -> bool:
+        """Leave the current generation, and become a member of the next one.
+
+        Args:
+            leaving: do not become a member, but let the others go on.
+
+        Returns False if this worker is not a member: because it leaves, or because the run is finished.
+        """
+        assert self.rendezvous is not None
+        while True:
+            self._abort()
+            self.on_cpu = self.on_device = None
+            generation = self.rendezvous.check_in(self.member, self.address, leaving)
+            if generation is None:
+                return False
+            with self.lock:
+                self.generation = generation
+                self.rank, self.size = generation.members.index(self.member), len(generation.members)
+                self.lost = bool(self.dead & set(generation.members))
+            if self._connect(generation):
+                return True
+
+    def _abort(self) -> None:
+        with self.lock:
+            self.lost = True
+            others = (
+                [] if self.generation is None else [address.gloo for address in self.generation.addresses]
+            )
+        if self.on_device is not self.on_cpu and self.backend is not None:
+            self.backend.abort(others)
+        self.gloo.abort([other for other in others if other != self.gloo.endpoint])
+
+    def _connect(self, generation: Generation) -> bool:
+        """Connect to the workers of a generation. Returns False if one cannot be reached, or is lost meanwhile."""
+        if self.size == 1:
+            return not self.lost
+        made: list[Any] = []
+
+        def connect() -> None:
+            try:
+                client = dist.TCPStore(*generation.addresses[0].store, timeout=CONNECT_TIMEOUT)
+                client.set_timeout(CONNECT_TIMEOUT)
+                for name, backend in (("cpu", self.gloo), ("device", self.backend)):
+                    store = dist.PrefixStore(f"{generation.number}/{name}", client)
+                    made.append(backend.connect(store, self.rank, self.size) if backend else made[0])
+            except RuntimeError:  # also of a timeout
+                pass
+
+        # In a thread: a worker that is lost now would be waited for until the timeout.
+        thread = threading.Thread(target=connect, name="connect", daemon=True)
+        thread.start()
+        while thread.is_alive() and not self.lost:
+            thread.join(0.005)
+        if self.lost or len(made) < 2:
+            return False
+        self.on_cpu, self.on_device = made
+        return True

@@ -1,0 +1,133 @@
+"""The list of a job's workers, and the rendezvous at which it is decided who trains together.
+
+One object in one process decides, so workers can never disagree, and after a network partition only the side that reaches it
+goes on. It decides without timeouts: a generation is announced when every worker that it expects has checked in. Which
+workers are dead is told by `remove`; in a job that is Ray's view.
+"""
+
+import threading
+import time
+from dataclasses import dataclass, field
+
+from trainer.group.rendezvous import Address, Generation
+
+HISTORY = 1000  # events that are kept
+
+
+@dataclass
+class Roster:
+    """Who trains, who waits, and who is expected. A `trainer.group.rendezvous.Rendezvous`; safe to use from many threads.
+
+    Args:
+        least: a generation has at least so many members; with fewer, workers wait for others to join.
+    """
+
+    least: int = 1
+    members: list[str] = field(default_factory=list)  # of the newest generation, by rank
+    expected: set[str] = field(default_factory=set)  # must check in before the next generation is announced
+    waiting: dict[str, Address] = field(default_factory=dict)  # have checked in
+    removed: set[str] = field(default_factory=set)  # dead, or gone
+    generation: Generation | None = None
+    number: int = 0  # of the newest generation
+    finished: bool = False
+    history: list[tuple[float, str]] = field(
+        default_factory=list
+    )  # time in seconds since 1970, and what happened
+    changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def start(self, members: list[str], least: int) -> None:
+        """Expect these workers, and nobody else: all others have been ended."""
+        with self.changed:
+            self.removed |= {*self.members, *self.waiting} - set(members)
+            self.members, self.expected, self.waiting, self.least = list(members), set(members), {}, least
+            self._note(f"{len(members)} workers start")
+            self.changed.notify_all()
+
+    def check_in(self, member: str, address: Address, leaving: bool = False) -> Generation | None:
+        """Wait for the next generation with this worker, see `Rendezvous.check_in`. None also if it has been removed."""
+        with self.changed:
+            if leaving:
+                self._note(f"{member} leaves")
+                self._remove(member)
+                return None
+            self._note(f"{member} is here")
+            self.waiting[member] = address
+            before = self.number
+            self._announce()
+            self.changed.wait_for(
+                lambda: (
+                    self.finished
+                    or member in self.removed
+                    or (self.number > before and member not in self.waiting)
+                )
+            )
+            return None if self.finished or member in self.removed else self.generation
+
+    def remove(self, member: str) -> None:
+        """Record that a worker is dead."""
+        with self.changed:
+            if member not in self.removed:
+                self._note(f"{member} is dead")
+                self._remove(member)
+
+    def joining(self) -> int:
+        """Return how many workers are ready to join. They do when the members check in."""
+        with self.changed:
+            return len(self.waiting.keys() - self.expected)
+
+    def finish(self) -> None:
+        """Nobody is needed any more: the run has ended."""
+        with self.changed:
+            self.finished = True
+            self.changed.notify_all()
+
+    def events(self) -> list[tuple[float, str]]:
+        """Return what happened, oldest first: time in seconds since 1970, and a text."""
+        return list(self.history)
+
+    def _remove(self, member: str) -> None:
+        self.removed.add(member)
+        self.expected.discard(member)
+        self.waiting.pop(member, None)
+        self._announce()
+        self.changed.notify_all()
+
+    def _announce(self) -> None:
+        """Announce the next generation if all that are expected are here."""
+        missing = self.expected - self.waiting.keys()
+        if missing or len(self.waiting) < self.least or not self.expected:
+            return
+        self.members = _ranks(self.members, set(self.waiting), list(self.waiting))
+        self.number += 1
+        addresses = tuple(self.waiting[member] for member in self.members)
+        self.generation = Generation(self.number, tuple(self.members), addresses)
+        self.expected, self.waiting = set(self.members), {}
+        self._note(f"generation {self.number} has {len(self.members)} workers")
+        self.changed.notify_all()
+
+    def _note(self, event: str) -> None:
+        self.history = [*self.history[-HISTORY:], (time.time(), event)]
+
+
+def _ranks(before: list[str], present: set[str], arrivals: list[str]) -> list[str]:
+    """Return the members of the next generation by rank: as many as possible keep their rank, so that they keep their lanes.
+
+    Rank 0 is one of the members before, if there is one, because it knows the run's state.
+
+    Args:
+        before: the members before, by rank.
+        present: those that will be members.
+        arrivals: the same, in the order in which they came.
+    """
+    stay = [member for member in before if member in present]
+    new = [member for member in arrivals if member not in before]
+    places: list[str | None] = [member if member in present else None for member in before]
+    if stay and places[0] is None:  # the last one that stays takes rank 0
+        places[places.index(stay[-1])] = None
+        places[0] = stay[-1]
+    for member in new:
+        if None in places:
+            places[places.index(None)] = member
+        else:
+            places.append(member)
+    return [place for place in places if place is not None]

@@ -1,0 +1,1 @@
+"""One optimizer step: the losses, micro-batches, gradients summed over the workers, and optimizers."""
