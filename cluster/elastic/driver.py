@@ -4,7 +4,6 @@ Ray starts the workers, joins them into a process group and reports failures. Ch
 trainer.run.checkpoint: Ray's checkpoint manager is not used.
 """
 
-import logging
 import os
 import shutil
 import signal
@@ -16,41 +15,34 @@ from typing import Any
 import click
 import ray
 import ray.train
-import torch
 from pyarrow.fs import FSSpecHandler, PyFileSystem
-from ray.train.torch import TorchConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
-from cluster.elastic import preemption
 from cluster.elastic.failures import (
-    WorkersStopped,
     describe,
     find_user_error,
     is_infrastructure_failure,
     workers_stopped,
 )
-from cluster.elastic.mailbox import Mailbox, MailboxHandler
-from cluster.elastic.scaling import ElasticTrainer, current_stop_request
+from cluster.elastic.mailbox import Mailbox
+from cluster.elastic.scaling import ElasticTrainer, OwnGroups
+from cluster.elastic.worker_process import run_worker
 from cluster.runtime.session import check_reachable, connect, explain_import_errors
 from cluster.terminal.live_status import live_status
 from pipeline.cpus import available_cores
 from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.errors import UserError
-from pipeline.storage.store import open_store
 from pipeline.text import plural
-from trainer.config.recipe import CONFIG_TYPES
 from trainer.config.schema import FinetuneConfig, LabelledRunConfig, PretrainConfig, RunConfig, WorkersConfig
-from trainer.growth import dataset_of_run
+from trainer.group.roster import Roster
 from trainer.labels.labels import check_val, labels_of_run, measure_labels
 from trainer.models.pixels import check_pixels, describe_normalisation
 from trainer.run.checkpoint import newest_checkpoint
 from trainer.run.events import Events
 from trainer.run.lease import Lease
 from trainer.run.run import Run, create_run, make_order, open_run, pop_failure, write_failure
-from trainer.run.worker import Callbacks, Worker
 from trainer.train.finetune import check_mixing
-from trainer.train.registry import TRAIN_FUNCTIONS
 from trainer.weights.init import resolve_start
 
 RAY_FOLDER = "ray"  # in the run folder: files of Ray's controller
@@ -58,10 +50,10 @@ MAX_IMBALANCE = 1.1  # busiest worker's share of the lanes over the mean share; 
 
 # Ray's default timeouts are made for slower jobs: with them, a killed node cost 76 s and 27 steps (measured).
 RAY_SETTINGS = {
-    # The controller checks its workers this often (default: 2 s), so it notices starts, ends and failures sooner.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # The controller checks its workers this often (default: 2 s), so it notices lost workers sooner.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
     # A worker that does not answer is stuck (SIGSTOP, a hung driver) and not busy: it answers in a thread of its own.
-    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "10",
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "4",
     # Workers start within seconds, unless their node is gone and Ray has not noticed yet.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
     # Our scaling policy reacts to preemption notices.
@@ -69,9 +61,7 @@ RAY_SETTINGS = {
 }
 for name, value in RAY_SETTINGS.items():
     os.environ.setdefault(name, value)
-# For all processes of the job. A process group that has lost a member cannot shut down in order, so the wait for it is
-# short (Ray's default: 30 s).
-WORKER_ENVIRONMENT = {"TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3"}
+CHECK_INS = 16  # at the same time, besides two per worker
 
 
 def train(config: RunConfig, data: str, out: str, console: Console, ledger: bool = False) -> None:
@@ -169,7 +159,7 @@ def _worker_range(workers: WorkersConfig) -> str:
 
 
 def _start_ray(workers: WorkersConfig, console: Console) -> None:
-    connect(max(available_cores(), workers.max), WORKER_ENVIRONMENT)
+    connect(max(available_cores(), workers.max))
     address = os.environ.get("RAY_ADDRESS")
     gpus = ray.cluster_resources().get("GPU", 0)
     if not address and 0 < gpus < workers.min:
@@ -185,10 +175,14 @@ def _fit(config: RunConfig, data: str, run: Run, ledger: bool, lease: Lease, con
     this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     mailbox = ray.remote(num_cpus=0, scheduling_strategy=this_node)(Mailbox).remote(run.run_id[:8])
     workers = config.workers
+    # Each worker that waits at the roster takes one of its threads.
+    threads = 2 * workers.max + CHECK_INS
+    roster = ray.remote(num_cpus=0, max_concurrency=threads, scheduling_strategy=this_node)(Roster).remote()
     trainer = ElasticTrainer(
-        _run_worker,
+        run_worker,
         run_id=run.run_id,
         mailbox=mailbox,
+        roster=roster,
         train_loop_config={
             "config": config.model_dump(),
             "data": data,
@@ -197,12 +191,13 @@ def _fit(config: RunConfig, data: str, run: Run, ledger: bool, lease: Lease, con
             "ledger": ledger,
             "owner": run.owner,
             "mailbox": mailbox,
+            "roster": roster,
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers.max if workers.min == workers.max else (workers.min, workers.max),
             use_gpu=gpus,
         ),
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        torch_config=OwnGroups(),
         run_config=ray.train.RunConfig(
             name=f"attempt-{run.attempt:04d}",
             storage_path=run.store.path(RAY_FOLDER),
@@ -271,37 +266,3 @@ def _explain(error: ray.train.TrainingFailedError) -> Exception:
     return click.ClickException(
         f"{cause}{details}\nRun the same command again to resume from the last checkpoint."
     )
-
-
-def _run_worker(job: dict[str, Any]) -> None:
-    """Train as one worker. Runs in a process of its own, on any node of the cluster."""
-    context, mailbox = ray.train.get_context(), job["mailbox"]
-    log = logging.getLogger("maestream")
-    log.addHandler(MailboxHandler(mailbox))
-    node = ray.get_runtime_context().get_node_id()
-    if context.get_local_rank() == 0:
-        preemption.watch(node, log.warning)
-    device = ray.train.torch.get_device()
-    # Ray sets one thread; share the machine's cores among its workers instead.
-    torch.set_num_threads(max(1, available_cores() // context.get_local_world_size()))
-    # Attempt 0: `trainer.train.loop.train` begins the next one.
-    run = Run(open_store(job["out"], already_reached=True), job["run_id"], attempt=0, owner=job["owner"])
-    worker = Worker(
-        rank=context.get_world_rank(),
-        world_size=context.get_world_size(),
-        node=node,
-        device=device,
-        ledger=job["ledger"],
-    )
-    callbacks = Callbacks(
-        stop_request=current_stop_request,
-        on_attempt=lambda *attempt: mailbox.begin_attempt.remote(*attempt),
-        on_step=lambda steps: mailbox.set_steps_done.remote(steps),
-        on_metrics=lambda row: mailbox.put_metrics.remote(row),
-        on_event=lambda event: mailbox.add_event.remote(event),
-    )
-    dataset = open_dataset(job["data"], already_reached=True)
-    config = CONFIG_TYPES[job["config"]["task"]].model_validate(job["config"])
-    dataset = dataset_of_run(run.store, config, dataset)
-    if not TRAIN_FUNCTIONS[config.task](config, dataset, run, worker, callbacks):
-        raise WorkersStopped

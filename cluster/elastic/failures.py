@@ -18,7 +18,7 @@ from ray.train.v2._internal.execution.failure_handling.default import _is_preemp
 from cluster.runtime.session import import_error
 from pipeline.errors import UserError
 
-MAX_FAILURES = 3  # a run fails after this many failures in a row without progress in between
+ANSWER_S = 5.0
 
 
 class WorkersStopped(Exception):  # noqa: N818  # not an error
@@ -26,41 +26,43 @@ class WorkersStopped(Exception):  # noqa: N818  # not an error
 
 
 class RestartPolicy(FailurePolicy):
-    """Restart the workers after a failure, except for user errors and for repeated failures without progress.
+    """Restart all workers after a failure that could not be repaired in place (`cluster.elastic.worker_group`).
 
-    "Without progress" means that no attempt since the first of these failures started at a later step. Runs in Ray's
-    controller process.
+    Except for user errors, and for repeated failures without progress, see `Mailbox.count_failure`. Runs in Ray's controller
+    process.
     """
 
     def __init__(self, mailbox: Any) -> None:
         super().__init__(FailureConfig(max_failures=-1))
         self.mailbox = mailbox
-        self.latest_start = -1  # the latest step at which any attempt started
-        self.failures = 0  # failures since an attempt started there
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         error = training_failed_error
-        stopping, start = self._query_mailbox()
         if workers_stopped(error):
+            stopping = answer(self.mailbox.is_stopping.remote(), default=False)
             return FailureDecision.RAISE if stopping else FailureDecision.RETRY
         if find_user_error(error):
             return FailureDecision.RAISE
-        # A lost node, or a start that timed out, says nothing about the next attempt: these failures are not counted.
-        if not (_is_preemption_failure(error) or has_cause(error, WorkerGroupStartupTimeoutError)):
-            self.failures = 1 if start > self.latest_start else self.failures + 1
-            self.latest_start = max(start, self.latest_start)
-        restart = self.failures < MAX_FAILURES
-        self.mailbox.add_event.remote({"event": "failure", "cause": describe(error), "again": restart})
-        return FailureDecision.RETRY if restart else FailureDecision.RAISE
+        goes_on = record_failure(self.mailbox, error, in_place=False)
+        return FailureDecision.RETRY if goes_on else FailureDecision.RAISE
 
-    def _query_mailbox(self) -> tuple[bool, int]:
-        """Return whether the run should stop, and the step at which the newest attempt started."""
-        try:
-            answers = [self.mailbox.is_stopping.remote(), self.mailbox.attempt_start.remote()]
-            stopping, start = ray.get(answers, timeout=5)
-        except ray.exceptions.RayError:
-            return False, self.latest_start
-        return stopping, start
+
+def record_failure(mailbox: Any, error: TrainingFailedError, in_place: bool) -> bool:
+    """Record a failure in the run's events, and return whether the run goes on."""
+    event = {"cause": describe(error), "in_place": in_place}
+    # A lost node, or a start that timed out, says nothing about the next attempt: these failures are not counted.
+    if _is_preemption_failure(error) or has_cause(error, WorkerGroupStartupTimeoutError):
+        mailbox.add_event.remote({"event": "failure", **event, "again": True})
+        return True
+    return answer(mailbox.count_failure.remote(event), default=True)
+
+
+def answer(reference: Any, default: bool) -> bool:
+    """Return the answer of an actor on the driver's node; `default` if it does not answer in time."""
+    try:
+        return bool(ray.get(reference, timeout=ANSWER_S))
+    except ray.exceptions.RayError:
+        return default
 
 
 def _causes(error: TrainingFailedError) -> list[BaseException]:

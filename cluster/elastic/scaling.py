@@ -1,4 +1,4 @@
-"""Scale the number of workers with the cluster: the policy that Ray Train follows when nodes join or leave.
+"""How many workers a run has: the policy that Ray Train follows when nodes join or leave.
 
 Depends on Ray's internals (`ray.train.v2._internal`), which is why Ray's version is pinned:
 tests/cluster/elastic/test_ray_internals.py fails when an internal that is used here changes.
@@ -13,7 +13,8 @@ from typing import Any
 
 import ray
 from ray.train import Result, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.controller.controller import TrainController
@@ -23,15 +24,13 @@ from ray.train.v2._internal.execution.scaling_policy import (
     NoopDecision,
     ScalingDecision,
 )
-from ray.train.v2._internal.execution.worker_group import (
-    WorkerGroup,
-    WorkerGroupPollStatus,
-    WorkerGroupState,
-)
-from trainer.run.stop_vote import StopRequest
+from ray.train.v2._internal.execution.worker_group import Worker, WorkerGroupPollStatus, WorkerGroupState
 
 from cluster.elastic.failures import RestartPolicy, WorkersStopped
+from cluster.elastic.worker_group import ElasticWorkerGroup, Limits
+from cluster.elastic.worker_process import ask
 from pipeline.text import plural
+from trainer.run.requests import Request
 
 # Each of these starts a process of its own, which costs seconds of CPU time. The first serves Ray datasets, which are not
 # used here. The second frees the resources of a controller that dies while its driver lives; our driver would end as well.
@@ -39,12 +38,30 @@ UNUSED_CALLBACKS = (DatasetsCallback, PlacementGroupCleanerCallback)
 POLL_S = 0.5  # between two measurements of the cluster's capacity
 MAILBOX_TIMEOUT_S = 1.0
 CONNECT_TIMEOUT_S = 1.0  # a node that accepts no connection within it counts as dead
-SHUTDOWN_TIMEOUT_S = 1.0  # a worker that does not respond within it is killed
 RELEASE_S = 3.0  # resources of stopped workers, or of a dead driver, may look occupied for so long
-GROW_DELAY_S = 10.0  # after a start, before growth is considered: Ray's view of the nodes lags behind
-GROW_STABLE_S = 3.0  # capacity must be stable for so long before growth: nodes often join in groups
 Resources = dict[str, dict[str, float]]  # by node id: amount of each resource
 log = logging.getLogger("maestream")
+
+
+class _NoBackend(_TorchBackend):
+    """Makes no process group."""
+
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        pass
+
+    def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
+        pass
+
+    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+        pass
+
+
+class OwnGroups(TorchConfig):
+    """Tells Ray that the workers make their process groups themselves, see `trainer.group.group`."""
+
+    @property
+    def backend_cls(self) -> type[_NoBackend]:
+        return _NoBackend
 
 
 class ElasticTrainer(TorchTrainer):
@@ -53,18 +70,21 @@ class ElasticTrainer(TorchTrainer):
     Args:
         run_id: id of the run.
         mailbox: handle of the run's `cluster.elastic.mailbox.Mailbox` actor.
+        roster: handle of its `trainer.group.roster.Roster` actor.
     """
 
-    def __init__(self, *args: Any, run_id: str, mailbox: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, run_id: str, mailbox: Any, roster: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.run_id, self.mailbox = run_id, mailbox
+        self.run_id, self.mailbox, self.roster = run_id, mailbox, roster
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()
         return [callback for callback in callbacks if not isinstance(callback, UNUSED_CALLBACKS)]
 
     def _initialize_and_run_controller(self, **kwargs: Any) -> Result:
-        kwargs["scaling_policy"] = AvailableCapacityPolicy(self.scaling_config, self.run_id, self.mailbox)
+        kwargs["scaling_policy"] = AvailableCapacityPolicy(
+            self.scaling_config, self.run_id, self.mailbox, self.roster
+        )
         kwargs["failure_policy"] = RestartPolicy(self.mailbox)
         return super()._initialize_and_run_controller(**kwargs)
 
@@ -72,60 +92,42 @@ class ElasticTrainer(TorchTrainer):
         """Do nothing. Ray's handler aborts at once; `cluster.elastic.driver` has one that saves a checkpoint first."""
 
 
-class CleanupWorkerGroup(WorkerGroup):
-    """A worker group that cleans up after a failed start, and shuts down faster.
-
-    Ray's class leaves workers and their resources behind if a worker dies while the group starts. On shutdown it waits for
-    unresponsive workers twice, 8 s in total, before it kills them.
-    """
-
-    def _start(self) -> None:
-        try:
-            super()._start()
-        except Exception:
-            if self.has_started():
-                self._worker_group_state.shutdown()
-                self._clear_state()
-            raise
-
-    def shutdown(self) -> None:
-        if self.has_started():
-            # Any function that returns at once shows whether the worker responds.
-            calls = {worker.execute_async(current_stop_request): worker for worker in self.get_workers()}
-            _, unanswered = ray.wait(list(calls), num_returns=len(calls), timeout=SHUTDOWN_TIMEOUT_S)
-            for call in unanswered:
-                ray.kill(calls[call].actor)
-        super().shutdown()
-
-
 class AvailableCapacityPolicy(ElasticScalingPolicy):
-    """Start as many workers as fit on the nodes that are alive, and restart them when that number changes.
+    """Start as many workers as fit on the nodes that are alive. `ElasticWorkerGroup` adds more while they train.
 
-    While workers train, ask them to save their state and stop if more workers would fit, if one of their nodes is
-    draining, or if the run should stop. Runs in Ray's controller process.
+    While they train, ask those on draining nodes to leave. Ask all to save their state and stop if too few would be left, or
+    if the run should stop. Runs in Ray's controller process.
     """
 
-    def __init__(self, scaling_config: ScalingConfig, run_id: str, mailbox: Any) -> None:
+    def __init__(self, scaling_config: ScalingConfig, run_id: str, mailbox: Any, roster: Any) -> None:
         super().__init__(scaling_config)
-        self.run_id, self.mailbox = run_id, mailbox
-        self.sent_request = StopRequest.NONE  # the latest request sent to the current workers
+        self.run_id, self.mailbox, self.roster = run_id, mailbox, roster
+        self.stopping = False  # the current workers were asked to save their state and stop
+        self.asked: set[str] = set()  # draining nodes whose workers were asked to leave
         self.released_at = time.monotonic()  # when the previous workers, or the previous driver, stopped
         self.waiting = False  # for capacity
-        self.growth, self.growth_since = 0, 0.0  # workers that would fit, and since when that many
         # Resources of the current workers, or of the last ones: Ray ends those when it starts the next group.
         self.in_use: Resources = {}
         self.draining_capacity = 0  # workers that would fit on draining nodes
         self.measured_at, self.capacity = -POLL_S, (0, 0)
 
     def after_controller_start(self, train_run_context: Any) -> None:
-        TrainController.worker_group_cls = CleanupWorkerGroup
+        limits = Limits(
+            self.roster,
+            self.mailbox,
+            int(self.scaling_config.min_workers),
+            int(self.scaling_config.max_workers),
+            has_room=lambda workers: self._recent_capacity()[1] > workers,
+            usable_nodes=usable_nodes,
+        )
+        TrainController.worker_group_cls = type("WorkerGroup", (ElasticWorkerGroup,), {"limits": limits})
         # All drivers of a run use the same name. Otherwise Ray would keep a killed driver's reservation for 3 minutes.
         super().after_controller_start(SimpleNamespace(run_id=f"maestream-{self.run_id}"))
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         if self.is_stopping():
             raise WorkersStopped
-        self.sent_request = StopRequest.NONE
+        self.stopping, self.asked = False, set()
         self._maybe_send_resource_request()
         reserved, free = self._recent_capacity()
         releasing = free < reserved and time.monotonic() - self.released_at < RELEASE_S
@@ -148,29 +150,28 @@ class AvailableCapacityPolicy(ElasticScalingPolicy):
             on_node = self.in_use.setdefault(worker.metadata.node_id, {})
             for name, amount in self.scaling_config._resources_per_worker_not_none.items():
                 on_node[name] = on_node.get(name, 0) + amount
-        request, cause = self._stop_request(worker_group_state)
-        if request > self.sent_request:
-            self.sent_request = request
-            self._add_event("leaving", cause)
-            for worker in worker_group_state.workers:
-                worker.execute_async(request_stop, request)
-        # The workers stop by themselves. Then Ray calls the other method to learn how many to start.
+        if not self.stopping:
+            self._ask_to_leave(worker_group_state.workers)
+        # Workers stop by themselves. When all have, Ray calls the other method to learn how many to start.
         return NoopDecision()
 
-    def _stop_request(self, state: WorkerGroupState) -> tuple[StopRequest, str]:
-        """Return what the current workers should do, and why."""
-        if self.is_stopping():
-            return StopRequest.SAVE, "stop requested"
-        if draining := _draining_nodes() & self.in_use.keys():
-            return StopRequest.SAVE, f"{plural(len(draining), 'node')} will shut down soon"
-        now = time.monotonic()
-        if state.num_workers < self.scaling_config.max_workers and now - state.start_time > GROW_DELAY_S:
-            _, free = self._recent_capacity()
-            if free != self.growth:
-                self.growth, self.growth_since = free, now
-            elif free > state.num_workers and now - self.growth_since > GROW_STABLE_S:
-                return StopRequest.RESTART, f"the cluster has capacity for {plural(free, 'worker')}"
-        return StopRequest.NONE, ""
+    def _ask_to_leave(self, workers: list[Worker]) -> None:
+        """Ask workers to leave whose nodes are draining; or all to save their state and stop."""
+        draining = _draining_nodes() & self.in_use.keys()
+        staying = [worker for worker in workers if worker.metadata.node_id not in draining]
+        cause = f"{plural(len(draining), 'node')} will shut down soon"
+        stop = self.is_stopping()
+        if stop or (draining and len(staying) < self.scaling_config.min_workers):
+            self.stopping = True
+            self._add_event("leaving", "stop requested" if stop else cause, in_place=False)
+            for worker in workers:
+                worker.execute_async(ask, Request.SAVE)
+        elif new := draining - self.asked:
+            self.asked |= new
+            self._add_event("leaving", cause, in_place=True)
+            for worker in workers:
+                if worker.metadata.node_id in new:
+                    worker.execute_async(ask, Request.LEAVE)
 
     def is_stopping(self) -> bool:
         """Return whether the run should stop."""
@@ -179,8 +180,8 @@ class AvailableCapacityPolicy(ElasticScalingPolicy):
         except ray.exceptions.RayError:
             return False
 
-    def _add_event(self, event: str, cause: str) -> None:
-        self.mailbox.add_event.remote({"event": event, "cause": cause})
+    def _add_event(self, event: str, cause: str, **more: bool) -> None:
+        self.mailbox.add_event.remote({"event": event, "cause": cause, **more})
 
     # ---- capacity of the cluster
 
@@ -236,6 +237,13 @@ def _draining_nodes() -> set[str]:
     return set(_get_draining_nodes() or {})
 
 
+def usable_nodes() -> set[str]:
+    """Return the ids of the nodes on which workers can be started: they are alive, and will not shut down soon."""
+    draining = _draining_nodes()
+    nodes = [n for n in ray.nodes() if n["Alive"] and n["NodeID"] not in draining]
+    return {n["NodeID"] for n in nodes if _is_reachable(n)}
+
+
 def _is_reachable(node: dict[str, Any]) -> bool:
     """Return whether a node's raylet accepts connections. Ray notices a dead node seconds later."""
     try:
@@ -244,19 +252,3 @@ def _is_reachable(node: dict[str, Any]) -> bool:
     except OSError:
         return False
     return True
-
-
-# ---- in a worker's process ------------------------------------------------------------------------------------
-
-_stop_request = StopRequest.NONE  # the highest request so far
-
-
-def request_stop(request: StopRequest) -> None:
-    """Ask this worker to stop after its current step."""
-    global _stop_request
-    _stop_request = max(_stop_request, request)
-
-
-def current_stop_request() -> StopRequest:
-    """Return what this worker has been asked to do."""
-    return _stop_request

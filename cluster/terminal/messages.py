@@ -24,12 +24,16 @@ def event_line(event: dict[str, Any]) -> str:
     """Return the text of an event, see `trainer.run.events`."""
     kind = event["event"]
     if kind == "failure":
-        action = (
-            "restarting the workers" if event["again"] else "giving up, because the run makes no progress"
-        )
+        if not event["again"]:
+            action = "giving up, because the run makes no progress"
+        else:
+            action = "the other workers go on" if event.get("in_place") else "restarting the workers"
         return f"{event['cause']}: {action}"
     if kind == "leaving":
-        return f"{event['cause']}: the workers save their state and stop"
+        action = "its workers leave" if event.get("in_place") else "the workers save their state and stop"
+        return f"{event['cause']}: {action}"
+    if kind == "not_joined":
+        return f"a new worker could not join: {event['cause']}"
     if kind == "waiting":
         return f"{event['cause']}: waiting for more nodes"
     if kind == "micro_batch":

@@ -184,6 +184,14 @@ class Group:
             if self._connect(generation):
                 return True
 
+    def close(self) -> None:
+        """End the connections of a group that can be rebuilt. The others see it as a lost worker."""
+        if self.changes:
+            self._abort()
+            self.on_cpu = self.on_device = (
+                None  # a process group that exists when the process exits may crash it
+            )
+
     def _abort(self) -> None:
         with self.lock:
             self.lost = True

@@ -14,6 +14,16 @@ from trainer.group.rendezvous import Address, Generation
 HISTORY = 1000  # events that are kept
 
 
+@dataclass(frozen=True)
+class Status:
+    """Who trains and who wants to."""
+
+    number: int  # of the newest generation
+    members: tuple[str, ...]  # of it, by rank
+    removed: frozenset[str]  # dead, or gone
+    joining: frozenset[str]  # ready to join; they do when the members check in
+
+
 @dataclass
 class Roster:
     """Who trains, who waits, and who is expected. A `trainer.group.rendezvous.Rendezvous`; safe to use from many threads.
@@ -70,10 +80,11 @@ class Roster:
                 self._note(f"{member} is dead")
                 self._remove(member)
 
-    def joining(self) -> int:
-        """Return how many workers are ready to join. They do when the members check in."""
+    def status(self) -> "Status":
+        """Return who trains and who wants to."""
         with self.changed:
-            return len(self.waiting.keys() - self.expected)
+            joining = self.waiting.keys() - self.expected
+            return Status(self.number, tuple(self.members), frozenset(self.removed), frozenset(joining))
 
     def finish(self) -> None:
         """Nobody is needed any more: the run has ended."""
