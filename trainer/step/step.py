@@ -20,6 +20,9 @@ class TrainedModel:
 
     forward: nn.Module  # computes the model's output; compiled if the config says so
     gradients: GradientSum  # over the workers
+    # Each micro-batch is filled up to so many samples with images of weight 0, so that compiled code has one shape at any world
+    # size; None: it is not.
+    rows: int | None = None
 
 
 def train_step(
@@ -28,14 +31,14 @@ def train_step(
     batch: TrainBatch,
     config: RunConfig,
     worker: Worker,
-    losses: Callable[[Batch, slice], torch.Tensor],
+    losses: Callable[[Batch, Batch], torch.Tensor],
     multiple_of: int = 1,
 ) -> torch.Tensor:
     """Do one optimizer step on this worker's part of the global batch.
 
     Args:
-        losses: computes the loss of each sample of a micro-batch, float[n]. It gets the micro-batch, on the device, and its
-            rows in `batch`.
+        losses: computes the loss of each sample of a micro-batch, float[n]. It gets the micro-batch on the device, and the
+            same on the host.
         multiple_of: see `micro_batches`.
 
     Returns float64[2] on the device: the weighted sum of all workers' losses, and the number of bad samples. With `Batch.parts`,
@@ -43,14 +46,15 @@ def train_step(
 
     Raises WorkerLost, before anything but gradients has changed. Another worker may have done the step then.
     """
-    parts = micro_batches(batch, config.micro_batch_size, multiple_of)
+    parts = micro_batches(batch, trained.rows or config.micro_batch_size, multiple_of)
     total = torch.zeros((), dtype=torch.float64, device=worker.device)
     by_part = None if batch.parts is None else torch.zeros_like(batch.parts[0], device=worker.device)
     for rows in parts:
-        part = to_device(batch, rows, worker.device)
+        on_host = rows_of(batch, rows, trained.rows)
+        part = to_device(on_host, worker.device)
         worker.timer.mark("host_to_device")
         with autocast(config, worker.device):
-            each = losses(part, rows) * part.weights
+            each = losses(part, on_host) * part.weights
             loss = each.sum()
         if rows is parts[-1]:
             trained.gradients.begin()
@@ -78,23 +82,40 @@ def micro_batches(batch: Batch, largest: int, multiple_of: int = 1) -> list[slic
     return [slice(first, first + size) for first in range(0, len(batch.weights), size)]
 
 
-def to_device(batch: Batch, rows: slice, device: torch.device) -> Batch:
-    """Copy some rows of a batch to the device."""
-    images, labels, ids, weights = (
-        tensor[rows].to(device, non_blocking=True)
-        for tensor in (batch.images, batch.labels, batch.sample_ids, batch.weights)
-    )
-    draws, parts = (
-        None if tensor is None else tensor[rows].to(device, non_blocking=True)
-        for tensor in (batch.draws, batch.parts)
-    )
+def rows_of(batch: Batch, rows: slice, size: int | None = None) -> Batch:
+    """Return some rows of a batch, not copied. If they are fewer than `size`, rows of zeros follow, which have weight 0."""
+
+    def pick(tensor: torch.Tensor) -> torch.Tensor:
+        part = tensor[rows]
+        missing = 0 if size is None else size - len(part)
+        return torch.cat([part, part.new_zeros(missing, *part.shape[1:])]) if missing > 0 else part
+
+    return _map(pick, batch)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Copy a batch to the device."""
+    return _map(lambda tensor: tensor.to(device, non_blocking=True), batch)
+
+
+def _map(change: Callable[[torch.Tensor], torch.Tensor], batch: Batch) -> Batch:
+    images, labels, ids, weights = map(change, (batch.images, batch.labels, batch.sample_ids, batch.weights))
+    draws, parts = (None if tensor is None else change(tensor) for tensor in (batch.draws, batch.parts))
     return Batch(images, labels, ids, weights, {}, batch.stage_times, draws, parts)
 
 
 def wrap_for_training(model: nn.Module, config: RunConfig, worker: Worker) -> TrainedModel:
     """Prepare a model for training."""
-    # Shapes are static: a full micro-batch, and the last one of a batch.
-    forward = torch.compile(model, dynamic=False) if should_compile(config, worker.device) else model
+    forward, rows = cast(nn.Module, model), None
+    if should_compile(config, worker.device):
+        forward, rows = cast(nn.Module, torch.compile(model, dynamic=False)), _static_rows(config)
     # Until a bucket of gradients is sent, the backward pass has hidden the sums of those before.
     gradients = GradientSum(model, worker.group, lambda: worker.timer.mark("step"))
-    return TrainedModel(cast(nn.Module, forward), gradients)
+    return TrainedModel(forward, gradients, rows)
+
+
+def _static_rows(config: RunConfig) -> int:
+    """Return the size of micro-batches at any world size: not more than a worker has if there are as many as possible."""
+    assert config.data.lanes is not None
+    per_lane = config.global_batch // config.data.lanes
+    return min(config.micro_batch_size, config.data.lanes // config.workers.max * per_lane)

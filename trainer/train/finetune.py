@@ -144,8 +144,8 @@ def finetune_step(
     check_labels(batch.labels)
     per_lane = config.global_batch // config.data.lanes
 
-    def losses(part: Batch, rows: slice) -> torch.Tensor:
-        ids, weights = batch.random_ids[rows].numpy(), batch.weights[rows].numpy()  # on the host
+    def losses(part: Batch, on_host: Batch) -> torch.Tensor:
+        ids, weights = on_host.random_ids.numpy(), on_host.weights.numpy()
         with torch.autocast(
             worker.device.type, enabled=False
         ):  # bf16 sampling grids are off by a quarter of a pixel

@@ -22,7 +22,7 @@ from trainer.run.worker import Callbacks, Worker
 from trainer.step.micro_batch import with_micro_batch
 from trainer.step.objective import make_targets, sample_losses
 from trainer.step.optim import LARS
-from trainer.step.step import TrainedModel, micro_batches, to_device, wrap_for_training
+from trainer.step.step import TrainedModel, micro_batches, rows_of, to_device, wrap_for_training
 from trainer.train.loop import train
 from trainer.weights.init import init_encoder
 
@@ -119,7 +119,7 @@ def linprobe_step(
     features = []
     for rows in micro_batches(batch, config.micro_batch_size):
         with autocast(config, worker.device):
-            images = to_device(batch, rows, worker.device).images
+            images = to_device(rows_of(batch, rows), worker.device).images
             worker.timer.mark("host_to_device")
             features.append(model.features(images).to(model.linear.weight.dtype))
         worker.timer.mark("step")

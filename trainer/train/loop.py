@@ -37,6 +37,7 @@ from trainer.train.due import due_after, make_schedule
 from trainer.train.pending import PendingStep, gather_sample_ids, metric_rows, read_losses
 from trainer.train.task import Task
 from trainer.train.team import BAD, EVALUATE, Team
+from trainer.train.warm_up import warm_up
 
 
 def train(
@@ -48,7 +49,7 @@ def train(
     step; then it returns False. It returns True if the run is finished, or if this worker has left it. Raises UserError on
     all ranks, before anything is written, if the loss is not finite.
     """
-    model, optimizer = task.model, task.optimizer
+    model, optimizer, group = task.model, task.optimizer, worker.group
 
     # ---- what does not depend on the other workers
     threads = config.data.threads or torch.get_num_threads()  # this worker's share of the cores
@@ -60,6 +61,9 @@ def train(
     optimizer.register_step_pre_hook(lambda *_: snapshots.wait_for_copy())
     bad_samples = BadSamples(run, worker, dataset, config.data)
     team = Team(task, config, dataset, run, worker, callbacks, bad_samples, snapshots)
+
+    if group.changes:
+        warm_up(task, config, dataset, decoder, worker)
 
     # ---- meet the other workers, and resume
     if not team.regroup():
@@ -166,7 +170,7 @@ def train(
     if team.records and not left:
         team.records.close(progress.step)
     if not left:
-        worker.group.barrier()  # a worker that exits earlier would end the others
+        group.barrier()  # a worker that exits earlier would end the others
     snapshots.close()
     task.close()  # before the loader: it may use the decoder
     decoder.close()

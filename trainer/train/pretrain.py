@@ -111,12 +111,12 @@ def pretrain_step(
 ) -> torch.Tensor:
     """One optimizer step of an MAE; arguments and result as in `trainer.step.step.train_step`."""
 
-    def losses(part: Batch, rows: slice) -> torch.Tensor:
+    def losses(part: Batch, on_host: Batch) -> torch.Tensor:
         images = part.images
         if config.jitter:
             from trainer.augment.randaugment import colour_jitter  # imports kornia, which takes seconds
 
-            ids = batch.random_ids[rows].numpy()  # on the host
+            ids = on_host.random_ids.numpy()
             with torch.autocast(worker.device.type, enabled=False):
                 images = colour_jitter(images, config.jitter, config.seed, batch.epoch, ids)
         noise = masking_noise(config.model, config.seed, batch.epoch, part.random_ids)

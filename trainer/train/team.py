@@ -86,6 +86,7 @@ class Team:
         self.vote = Vote(worker.group)
         for stretch in self.stretches:
             stretch.loader.change_workers(step + stretch.shift, worker.rank, worker.world_size)
+            stretch.loader.skip_to(step + stretch.shift)
         unsettled = 0
         for standing in standings:
             unsettled |= standing.unsettled

@@ -143,7 +143,6 @@ def test_nodes_come_and_go(
         assert preemption.drain(nodes[0].node_id, "needed elsewhere", 60)
         shrunk = wait_for(3, workers=2)
         assert shrunk["redone"] == 0
-        assert (Path(store.root) / f"checkpoints/step-{shrunk['step']:08d}/COMMITTED").exists()
         cluster.remove_node(nodes.pop(0), allow_graceful=False)
 
         # A node dies without notice, and its snapshots are lost.
@@ -153,7 +152,7 @@ def test_nodes_come_and_go(
         dead.kill_raylet()
         shutil.rmtree(snapshots(store) / dead.node_id, ignore_errors=True)
         alone = wait_for(4, workers=1)
-        assert alone["redone"] <= 10
+        assert alone["redone"] == 0
 
         # The job is stopped and submitted again: no step is repeated.
         process.send_signal(signal.SIGTERM)
@@ -178,7 +177,7 @@ def snapshots(store: Store) -> Path:
 def test_capacity_excludes_other_jobs_and_draining_and_dead_nodes(cluster: Cluster) -> None:
     nodes = [cluster.add_node(num_cpus=1, **SMALL) for _ in range(3)]
     mailbox = ray.remote(num_cpus=0)(Mailbox).remote("a-run")
-    policy = scaling.AvailableCapacityPolicy(ScalingConfig(num_workers=(1, 3)), "a-run", mailbox)
+    policy = scaling.AvailableCapacityPolicy(ScalingConfig(num_workers=(1, 3)), "a-run", mailbox, roster=None)
     policy.after_controller_start(None)
     wait_until(lambda: policy.measure_capacity() == (3, 3), 10)
     # Two nodes are occupied, one of them by the run itself.

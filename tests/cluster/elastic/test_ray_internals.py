@@ -6,15 +6,18 @@ from dataclasses import fields
 from typing import Any
 
 from cluster.elastic import failures, scaling
+from cluster.elastic import worker_group as ours
 from cluster.elastic.driver import RAY_SETTINGS
 
 
 def test_ray_internals_are_unchanged() -> None:
-    """If this fails, Ray has changed: adapt cluster/elastic/scaling.py before the pin is raised."""
+    """If this fails, Ray has changed: adapt cluster/elastic before the pin is raised (docs/architecture.md has the list)."""
     from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as coordinator
+    from ray.train.torch.config import _TorchBackend
     from ray.train.v2._internal import constants
+    from ray.train.v2._internal.execution.context import DistributedContext
     from ray.train.v2._internal.execution.controller.controller import TrainController
-    from ray.train.v2._internal.execution.worker_group import worker, worker_group
+    from ray.train.v2._internal.execution.worker_group import execution_group, poll, worker, worker_group
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     def arguments(function: Callable[..., Any]) -> list[str]:
@@ -58,6 +61,37 @@ def test_ray_internals_are_unchanged() -> None:
     assert (
         arguments(worker_group.WorkerGroup.shutdown) == arguments(worker_group.WorkerGroup.get_workers) == []
     )
+    # how a group is repaired and grows: what Ray's class does in the methods that are replaced or called
+    group = worker_group.WorkerGroup
+    assert arguments(group.poll_status) == arguments(group._poll_workers_and_collect_errors) == ["timeout"]
+    polls = inspect.getsource(group._get_poll_tasks)
+    assert (
+        "self._world_rank_to_ongoing_poll.get(i)" in polls
+    )  # by the position of the worker in get_workers()
+    assert "self._worker_group_state.workers" in inspect.getsource(group.get_workers)
+    assert arguments(group._init_train_context) == ["workers", "sync_actor"]
+    assert arguments(group._create_workers) == [
+        *("num_workers", "placement_group", "resources_per_worker", "placement_group_bundle_indices"),
+        *("starting_world_rank", "world_size", "replica_group_size"),
+    ]
+    assert arguments(execution_group.ReplicaGroup) == ["workers", "resources_per_worker", "callbacks"]
+    assert arguments(execution_group.ReplicaGroup.start_training) == ["worker_group_context"]
+    assert {"actor", "metadata", "distributed_context", "placement_group_bundle_index"} <= {
+        field.name for field in fields(worker.Worker)
+    }
+    assert {"local_rank", "local_world_size"} <= {field.name for field in fields(DistributedContext)}
+    assert {"running", "error"} <= {field.name for field in fields(poll.WorkerStatus)}
+    assert next(iter(fields(poll.WorkerGroupPollStatus))).name == "worker_statuses"
+    # the controller asks for the status in its loop, and ends the run when all workers have ended without an error
+    loop = inspect.getsource(TrainController._run_control_loop_iteration) + inspect.getsource(
+        TrainController._step
+    )
+    assert "self._poll_workers()" in loop
+    assert "worker_group_status.errors" in loop
+    # the workers make their process groups themselves: nothing else is done by these methods
+    overridden = {name for name in vars(scaling.OwnGroups().backend_cls) if name.startswith("on_")}
+    assert overridden == {name for name in vars(_TorchBackend) if name.startswith("on_")}
+    assert issubclass(ours.ElasticWorkerGroup, group)
     # the failure policy gets the error, and may retry after any
     assert arguments(failures.FailurePolicy.make_decision) == ["training_failed_error"]
     assert {decision.name for decision in failures.FailureDecision} == {"RETRY", "RAISE", "NOOP"}

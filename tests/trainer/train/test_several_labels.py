@@ -125,7 +125,7 @@ def _score(rank: int, world_size: int, folder: str) -> None:
 
 def test_scores_are_equal_at_any_world_size(tmp_path: Path) -> None:
     """Also on ranks that have no samples, and with samples that cannot be read."""
-    alone = [score_part(0, 1, kind, samples) for kind, samples in SCORED]
+    alone = [score_part(Group(), kind, samples) for kind, samples in SCORED]
     for world_size in (2, 5):
         run_workers(_score, world_size, str(tmp_path))
         for rank in range(world_size):
