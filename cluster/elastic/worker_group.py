@@ -105,10 +105,11 @@ class ElasticWorkerGroup(WorkerGroup):
             for call in unanswered:
                 ray.kill(calls[call].actor)
         super().shutdown()
-        for worker in self.recruits:
-            ray.kill(worker.actor)
-        for group in self.own_groups:
-            remove_placement_group(group)
+        with self.lock:
+            for worker in self.recruits:
+                ray.kill(worker.actor)
+            for group in self.own_groups:
+                remove_placement_group(group)
 
     def poll_status(self, timeout: float | None = None) -> WorkerGroupPollStatus:
         """Return the status of each worker, after the group was repaired in place as far as possible.
@@ -209,12 +210,15 @@ class ElasticWorkerGroup(WorkerGroup):
             log.info("a worker could not be started: %s", error)
         with self.lock:
             self.starting -= 1
-            if worker is None:
+            if self.closing:  # meanwhile all workers were ended
+                if worker is not None:
+                    ray.kill(worker.actor)
+                for group in self.own_groups:
+                    remove_placement_group(group)
+            elif worker is None:
                 self.retry_at = time.monotonic() + RETRY_S
                 if place is not None:
                     self.spare.append(place)
-            elif self.closing:
-                ray.kill(worker.actor)
             else:
                 self.recruits.append(worker)
 
@@ -234,12 +238,14 @@ class ElasticWorkerGroup(WorkerGroup):
                 self.spare.remove(moved)
                 return replace(moved, node=None)
         group = placement_group([self._worker_group_context.resources_per_worker])
-        if not group.wait(PLACE_TIMEOUT_S):
-            remove_placement_group(group)
-            return None
         with self.lock:
             self.own_groups.append(group)
-        return Place(group, 0, None)
+        if group.wait(PLACE_TIMEOUT_S):
+            return Place(group, 0, None)
+        with self.lock:
+            self.own_groups.remove(group)
+        remove_placement_group(group)
+        return None
 
     def _start_worker(self, place: Place) -> Worker:
         """Start a worker, and its training function."""
@@ -247,14 +253,10 @@ class ElasticWorkerGroup(WorkerGroup):
         (worker,) = self._create_workers(
             1, place.group, resources, [place.index], len(workers), len(workers) + 1, 1
         )
-        local = sum(other.metadata.node_ip == worker.metadata.node_ip for other in workers)
-        worker = replace(
-            worker,
-            distributed_context=replace(
-                worker.distributed_context, local_rank=local, local_world_size=local + 1
-            ),
-        )
         try:
+            local = sum(other.metadata.node_ip == worker.metadata.node_ip for other in workers)
+            context = replace(worker.distributed_context, local_rank=local, local_world_size=local + 1)
+            worker = replace(worker, distributed_context=context)
             super()._init_train_context([worker], self._worker_group_state.sync_actor)
             ReplicaGroup([worker], resources, self._replica_group_callbacks).start_training(
                 self._worker_group_context
