@@ -22,7 +22,7 @@ PART_NAMES = {  # labels of the parts of the training time, see trainer.run.summ
     "checkpoint": "checkpoints and snapshots",
     "other": "other",
     "unmeasured": "not measured",
-    "restarts": "restarts: no training between attempts",
+    "restarts": "changes of workers: no training between attempts",
 }
 
 

@@ -30,7 +30,7 @@ class StepTimer:
         self.moments = [("", self.moment())]
 
     def mark(self, name: str) -> None:
-        """End a part; `name` is one of PARTS."""
+        """End a part; `name` is one of PARTS, or "" for time that is no part of a step."""
         if self.moment is not None:
             self.moments.append((name, self.moment()))
 
@@ -41,7 +41,8 @@ class StepTimer:
         if isinstance(last, torch.cuda.Event):
             last.synchronize()
         for (_, before), (name, now) in pairwise(self.moments):
-            seconds[name] += _seconds(before, now)
+            if name:
+                seconds[name] += _seconds(before, now)
         self.moments = [("", last)]
         return seconds
 

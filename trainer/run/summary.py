@@ -222,7 +222,9 @@ def world_over_time(summary: RunSummary) -> list[tuple[float, int]]:
     changes = [
         (event["time"], event["world_size"] if event["event"] == "attempt" else 0)
         for event in summary.events
-        if event["event"] in ("attempt", "failure", "leaving")
+        # When a worker is lost or leaves in place, the others go on.
+        if event["event"] == "attempt"
+        or (event["event"] in ("failure", "leaving") and not event.get("in_place"))
     ]
     steps_s = summary.metrics["step_s"][summary.metrics["attempt"] == attempts[-1]["attempt"]]
     # The event of an attempt is sent after its first step.

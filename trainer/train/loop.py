@@ -81,14 +81,23 @@ def train(
     if team.records and progress.step == 0:
         task.picture(0)
 
+    logged_at = time.perf_counter()
+
     def report(results: dict[str, float]) -> dict[str, float]:
         if results and team.records:
             callbacks.on_event({"event": "evaluated", "step": progress.step, **results})
         return results
 
+    def regroup(leaving: bool) -> bool:
+        nonlocal logged_at
+        begin = time.perf_counter()
+        member = team.regroup(leaving)
+        logged_at += time.perf_counter() - begin  # the time is no part of a step
+        worker.timer.mark("")
+        return member
+
     # ---- the loop
     stopped = left = False
-    logged_at = time.perf_counter()
     worker.timer.start(worker.device)
     for stretch, batch in batches_of(team.stretches):  # after `regroup`, those of the step that is next
         worker.timer.mark("data_wait")
@@ -106,8 +115,8 @@ def train(
             ids = gather_sample_ids(batch.sample_ids, worker) if worker.ledger else None
             sums = task.step(batch)
         except WorkerLost:
-            if not team.regroup(leaving):
-                left = True
+            left = not regroup(leaving)
+            if left:
                 break
             continue
         progress.add(PendingStep(
@@ -157,9 +166,10 @@ def train(
             if due.snapshot:
                 snapshots.take(progress.step, model, optimizer, progress.unsaved)
             worker.timer.mark("checkpoint")
-        if votes.request in (Request.CHANGE, Request.LEAVE) and not team.regroup(leaving):
-            left = True
-            break
+        if votes.request in (Request.CHANGE, Request.LEAVE):
+            left = not regroup(leaving)
+            if left:
+                break
 
     # ---- stop, or end
     if stopped:

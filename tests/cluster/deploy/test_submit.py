@@ -309,7 +309,7 @@ def test_a_stopped_job_resumes(
     assert 0 < metrics["data_wait_share"] < 1
     assert 0 < metrics["cache_hit_rate"] <= 1  # workers share the cache
     assert metrics["step"] >= metrics["committed_step"]
-    assert metrics["restarts"] == metrics["redone_steps"] == metrics["bad_samples"] == 0
+    assert metrics["worker_changes"] == metrics["redone_steps"] == metrics["bad_samples"] == 0
     assert metrics["committed_age_seconds"] < 60
     cluster.ray("job", "stop", "first")
     log = cluster.ray("job", "logs", "first")
