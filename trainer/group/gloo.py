@@ -14,6 +14,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 TIMEOUT = timedelta(minutes=30)  # of an operation; the loss of a worker is noticed in other ways
+CONNECT_TIMEOUT = timedelta(seconds=10)  # for all workers of a group to connect
 INTERFACE = "GLOO_SOCKET_IFNAME"  # the variable by which users name the network interface, as in torch
 Endpoint = tuple[str, int]  # IP address and port
 
@@ -35,11 +36,13 @@ class GlooDevice:
         self.endpoint = next(endpoint for endpoint in _listening() if endpoint not in before)
 
     def connect(self, store: dist.Store, rank: int, size: int) -> dist.ProcessGroupGloo:
-        """Connect to the other workers of a group. Raises RuntimeError if one cannot be reached."""
+        """Connect to the other workers of a group. Raises RuntimeError if one is not reached within CONNECT_TIMEOUT."""
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [self.device]
-        options._timeout = TIMEOUT
-        return dist.ProcessGroupGloo(store, rank, size, options)
+        options._timeout = CONNECT_TIMEOUT  # instead of the store's
+        group = dist.ProcessGroupGloo(store, rank, size, options)
+        group._set_default_timeout(TIMEOUT)
+        return group
 
     def abort(self, others: Sequence[Endpoint]) -> None:
         """Shut down all connections with workers at these endpoints, so that operations of their group fail at once."""

@@ -44,6 +44,7 @@ class GradientSum:
 
     def __init__(self, model: nn.Module, group: Group, on_start: Callable[[], None] = lambda: None) -> None:
         self.group, self.on_start = group, on_start
+        self.generation: object = None  # that `begin` was called in
         # The backward pass computes the gradients of the last layers first.
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad][::-1]
         self.buckets = [Bucket(part) for part in _split(trained)] if group.several else []
@@ -53,11 +54,13 @@ class GradientSum:
 
     def begin(self) -> None:
         """Sum the gradients of the next backward pass, and what was accumulated before."""
+        self.generation = self.group.generation
         for bucket in self.buckets:
             bucket.missing = len(bucket.parameters) if self.group.size > 1 else 0
 
     def _arrived(self, bucket: Bucket) -> None:
-        if not bucket.missing:
+        # After a backward pass that failed, gradients may be missing that those of the next group do not wait for.
+        if not bucket.missing or self.generation is not self.group.generation:
             return
         bucket.missing -= 1
         if not bucket.missing:

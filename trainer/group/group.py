@@ -6,7 +6,7 @@
                              from now on, the *generation*; connect to them
 
 Every operation either has the same result on all workers or raises WorkerLost on those that it fails on. It may succeed on
-some workers and fail on others: so after `rebuild` the workers compare how far they are (`trainer.run.agreement`).
+some workers and fail on others: so after `rebuild` the workers compare how far they are (`trainer.train.progress`).
 
 A group whose connections break fails at once with gloo. With NCCL operations hang, and with both they do if a worker hangs.
 So whoever learns of a lost worker calls `interrupt`, which aborts the group from another thread.
@@ -14,16 +14,13 @@ So whoever learns of a lost worker calls `interrupt`, which aborts the group fro
 
 import threading
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
-from trainer.group.gloo import Endpoint, GlooDevice
+from trainer.group.gloo import CONNECT_TIMEOUT, Endpoint, GlooDevice
 from trainer.group.rendezvous import Address, Generation, Rendezvous, WorkerLost
-
-CONNECT_TIMEOUT = timedelta(seconds=10)  # for all workers of a generation to connect
 
 
 class Backend(Protocol):
@@ -33,7 +30,10 @@ class Backend(Protocol):
         """Return a process group with the other workers."""
 
     def abort(self, others: Sequence[Endpoint]) -> None:
-        """Make all operations of that process group end soon, with an error or without a result."""
+        """Make all operations of its process groups end soon, with an error or without a result.
+
+        A process group that is just being connected is given up as well.
+        """
 
 
 class Group:
@@ -45,7 +45,7 @@ class Group:
         rendezvous: where the workers meet; None: the group is fixed. `rebuild` has to be called first.
         member: the name of this worker.
         host: the address of this machine that the others reach.
-        backend: for tensors on the device; None: gloo, as for those on the CPU.
+        backend: for tensors on the device, even if that is the CPU; None: gloo, as for those on the CPU.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Group:
         self.generation: Generation | None = None
         self.lost = False  # this generation has lost a worker
         self.dead: set[str] = set()  # workers that are known to be lost
-        self.lock = threading.Lock()  # of the five attributes before
+        self.lock = threading.Lock()  # of the three attributes before; a change holds it until it is done
         if rendezvous:
             self.gloo = GlooDevice(host)
             self.store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
@@ -95,13 +95,12 @@ class Group:
         """Wait for an operation that `start` began. On a GPU only its stream waits: see `all_reduce`."""
         if work is not None:
             self._try(work.wait)
+            self.check()  # an operation that was aborted may end without an error
 
     def all_reduce(self, tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
         """Reduce a tensor over all workers, in place. The result is there when it returns, and that of all operations before."""
         self.wait(self.start(tensor, op))
-        if tensor.is_cuda and self.changes:
-            torch.cuda.current_stream(tensor.device).synchronize()
-        self.check()
+        self._finish(tensor)
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> None:
         """Copy the tensor of rank `source` to all workers."""
@@ -110,6 +109,7 @@ class Group:
         options = dist.BroadcastOptions()
         options.rootRank = source
         self.wait(self._try(lambda: self._group(tensor).broadcast([tensor], options)))
+        self._finish(tensor)
 
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Return the tensors of all workers, by rank. They must have the same shape."""
@@ -117,6 +117,7 @@ class Group:
             return [tensor]
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
         self.wait(self._try(lambda: self._group(tensor).allgather([parts], [tensor])))
+        self._finish(tensor)
         return parts
 
     def gather(self, tensor: torch.Tensor) -> list[torch.Tensor] | None:
@@ -128,6 +129,7 @@ class Group:
         options.rootRank = 0
         outputs = [] if parts is None else [parts]
         self.wait(self._try(lambda: self._group(tensor).gather(outputs, [tensor], options)))
+        self._finish(tensor)
         return parts
 
     def barrier(self) -> None:
@@ -139,6 +141,12 @@ class Group:
         if self.lost:
             raise WorkerLost("a worker is lost")
 
+    def _finish(self, tensor: torch.Tensor) -> None:
+        """Wait until the operations that a GPU's stream waits for are done. Raises WorkerLost if they have no result."""
+        if tensor.is_cuda and self.changes:
+            torch.cuda.current_stream(tensor.device).synchronize()
+        self.check()
+
     def _group(self, tensor: torch.Tensor) -> Any:
         return self.on_device if tensor.device.type == self.device.type else self.on_cpu
 
@@ -149,7 +157,8 @@ class Group:
         except RuntimeError as error:
             if not self.changes:
                 raise
-            self._abort()  # the others may wait for this worker
+            with self.lock:
+                self._abort()  # the others may wait for this worker
             raise WorkerLost(str(error)) from None
 
     # ---- changes
@@ -158,9 +167,8 @@ class Group:
         """Tell the group that a worker is lost. Safe to call from any thread."""
         with self.lock:
             self.dead.add(member)
-            concerned = self.generation is not None and member in self.generation.members
-        if concerned:
-            self._abort()
+            if self.generation is not None and member in self.generation.members:
+                self._abort()
 
     def rebuild(self, leaving: bool = False) -> bool:
         """Leave the current generation, and become a member of the next one.
@@ -172,8 +180,7 @@ class Group:
         """
         assert self.rendezvous is not None
         while True:
-            self._abort()
-            self.on_cpu = self.on_device = None
+            self.close()
             generation = self.rendezvous.check_in(self.member, self.address, leaving)
             if generation is None:
                 return False
@@ -187,20 +194,23 @@ class Group:
     def close(self) -> None:
         """End the connections of a group that can be rebuilt. The others see it as a lost worker."""
         if self.changes:
-            self._abort()
-            self.on_cpu = self.on_device = (
-                None  # a process group that exists when the process exits may crash it
-            )
+            with self.lock:
+                self._abort()
+                # The others may soon connect for the next generation: a late `interrupt` must not shut that down.
+                self.generation = None
+            # A process group that exists when the process exits may crash it.
+            self.on_cpu = self.on_device = None
 
     def _abort(self) -> None:
-        with self.lock:
-            self.lost = True
-            others = (
-                [] if self.generation is None else [address.gloo for address in self.generation.addresses]
-            )
-        if self.on_device is not self.on_cpu and self.backend is not None:
+        """End the current generation. The caller holds the lock."""
+        self.lost = True
+        if self.generation is None:
+            return
+        endpoints = [address.gloo for address in self.generation.addresses]
+        others = [endpoint for endpoint in endpoints if endpoint != self.gloo.endpoint]
+        self.gloo.abort(others)
+        if self.backend is not None:
             self.backend.abort(others)
-        self.gloo.abort([other for other in others if other != self.gloo.endpoint])
 
     def _connect(self, generation: Generation) -> bool:
         """Connect to the workers of a generation. Returns False if one cannot be reached, or is lost meanwhile."""
@@ -213,6 +223,8 @@ class Group:
                 client = dist.TCPStore(*generation.addresses[0].store, timeout=CONNECT_TIMEOUT)
                 client.set_timeout(CONNECT_TIMEOUT)
                 for name, backend in (("cpu", self.gloo), ("device", self.backend)):
+                    if self.generation is not generation:  # given up, and nobody waits for this thread
+                        return
                     store = dist.PrefixStore(f"{generation.number}/{name}", client)
                     made.append(backend.connect(store, self.rank, self.size) if backend else made[0])
             except RuntimeError:  # also of a timeout

@@ -27,14 +27,20 @@ class Nccl:
         self.group: Any = None
 
     def connect(self, store: dist.Store, rank: int, size: int) -> Any:
-        """Make a process group. Its workers connect in the first operation."""
+        """Connect to the other workers of a group. Raises RuntimeError if one cannot be reached, or after `abort`."""
         torch.cuda.set_device(self.device)
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = TIMEOUT
-        self.group = dist.ProcessGroupNCCL(store, rank, size, options)
-        return self.group
+        group: Any = dist.ProcessGroupNCCL(store, rank, size, options)
+        self.group = group
+        # Workers connect in the first operation. That of a step would be too late: they begin it at different times, and wait
+        # for each other at the store, where `abort` does not reach them.
+        group.allreduce([torch.zeros(1, device=self.device)]).wait()
+        torch.cuda.current_stream(self.device).synchronize()
+        return group
 
     def abort(self, others: Sequence[Endpoint]) -> None:
         """Make all operations of the newest group end, without a result."""
-        if self.group is not None:
-            self.group.abort()
+        group, self.group = self.group, None
+        if group is not None:
+            group.abort()

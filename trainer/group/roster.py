@@ -49,8 +49,10 @@ class Roster:
         """Expect these workers, and nobody else: all others have been ended."""
         with self.changed:
             self.removed |= {*self.members, *self.waiting} - set(members)
-            self.members, self.expected, self.waiting, self.least = list(members), set(members), {}, least
+            self.waiting = {member: self.waiting[member] for member in members if member in self.waiting}
+            self.members, self.expected, self.least = list(members), set(members), least
             self._note(f"{len(members)} workers start")
+            self._announce()
             self.changed.notify_all()
 
     def check_in(self, member: str, address: Address, leaving: bool = False) -> Generation | None:
@@ -59,6 +61,8 @@ class Roster:
             if leaving:
                 self._note(f"{member} leaves")
                 self._remove(member)
+                return None
+            if self.finished or member in self.removed:
                 return None
             self._note(f"{member} is here")
             self.waiting[member] = address
@@ -104,11 +108,11 @@ class Roster:
         self.changed.notify_all()
 
     def _announce(self) -> None:
-        """Announce the next generation if all that are expected are here."""
+        """Announce the next generation if all that are expected are here. If none is left, it is those that join."""
         missing = self.expected - self.waiting.keys()
-        if missing or len(self.waiting) < self.least or not self.expected:
+        if missing or len(self.waiting) < max(self.least, 1) or not self.members:  # not started yet
             return
-        self.members = _ranks(self.members, set(self.waiting), list(self.waiting))
+        self.members = _ranks(self.members, list(self.waiting))
         self.number += 1
         addresses = tuple(self.waiting[member] for member in self.members)
         self.generation = Generation(self.number, tuple(self.members), addresses)
@@ -120,25 +124,21 @@ class Roster:
         self.history = [*self.history[-HISTORY:], (time.time(), event)]
 
 
-def _ranks(before: list[str], present: set[str], arrivals: list[str]) -> list[str]:
+def _ranks(before: list[str], arrivals: list[str]) -> list[str]:
     """Return the members of the next generation by rank: as many as possible keep their rank, so that they keep their lanes.
 
     Rank 0 is one of the members before, if there is one, because it knows the run's state.
 
     Args:
         before: the members before, by rank.
-        present: those that will be members.
-        arrivals: the same, in the order in which they came.
+        arrivals: those that will be members, in the order in which they came.
     """
-    stay = [member for member in before if member in present]
-    new = [member for member in arrivals if member not in before]
-    places: list[str | None] = [member if member in present else None for member in before]
+    stay = [member for member in before if member in arrivals]
+    places = [member if member in stay else None for member in before[: len(arrivals)]]
+    places += [None] * (len(arrivals) - len(places))
     if stay and places[0] is None:  # the last one that stays takes rank 0
-        places[places.index(stay[-1])] = None
+        if stay[-1] in places:
+            places[places.index(stay[-1])] = None
         places[0] = stay[-1]
-    for member in new:
-        if None in places:
-            places[places.index(None)] = member
-        else:
-            places.append(member)
-    return [place for place in places if place is not None]
+    others = iter([member for member in dict.fromkeys([*stay, *arrivals]) if member not in places])
+    return [place or next(others) for place in places]

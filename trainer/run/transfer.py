@@ -55,7 +55,7 @@ def send(state: dict[str, torch.Tensor], source: int, worker: Worker) -> dict[st
             piece = torch.cat([state[name].detach().reshape(-1).to(worker.device) for name in names])
         else:
             piece = torch.empty(sum(sizes), dtype=dtype, device=worker.device)
-        worker.group.broadcast(piece, source)
+        worker.group.broadcast(piece.view(torch.uint8), source)  # gloo does not know all dtypes
         parts = zip(names, piece.split(sizes), shapes, strict=True)
         sent |= {name: part.view(shape) for name, part, shape in parts}
     return sent
