@@ -30,7 +30,7 @@ from cluster.elastic.failures import RestartPolicy, WorkersStopped
 from cluster.elastic.worker_group import ElasticWorkerGroup, Limits
 from cluster.elastic.worker_process import ask
 from pipeline.text import plural
-from trainer.run.requests import Request
+from trainer.group.requests import Request
 
 # Each of these starts a process of its own, which costs seconds of CPU time. The first serves Ray datasets, which are not
 # used here. The second frees the resources of a controller that dies while its driver lives; our driver would end as well.

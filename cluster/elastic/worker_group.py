@@ -28,9 +28,9 @@ from ray.train.v2._internal.execution.worker_group.poll import WorkerStatus
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from cluster.elastic.failures import describe, find_user_error, record_failure, workers_stopped
-from cluster.elastic.worker_process import ask, report_lost, responds
+from cluster.elastic.worker_process import ask, give_up, report_lost, responds
+from trainer.group.requests import Request
 from trainer.group.roster import Status
-from trainer.run.requests import Request
 
 SHUTDOWN_TIMEOUT_S = 1.0  # a worker that does not respond within it is killed
 ROSTER_TIMEOUT_S = 2.0  # the roster is on the controller's node
@@ -193,6 +193,9 @@ class ElasticWorkerGroup(WorkerGroup):
             if missing > 0 and time.monotonic() > self.retry_at:
                 self.starting += 1
                 threading.Thread(target=self._recruit, name="recruit", daemon=True).start()
+        for worker in self.get_workers():
+            if name_of(worker) in roster.overdue:
+                worker.execute_async(give_up, roster.number)
         if roster.joining and self.told != (roster.number, roster.joining):
             self.told = roster.number, roster.joining
             for worker in self.get_workers():

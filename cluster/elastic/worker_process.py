@@ -18,8 +18,8 @@ from trainer.config.recipe import CONFIG_TYPES
 from trainer.group.group import Group
 from trainer.group.nccl import Nccl
 from trainer.group.rendezvous import Address, Generation
+from trainer.group.requests import Request
 from trainer.growth import dataset_of_run
-from trainer.run.requests import Request
 from trainer.run.run import Run
 from trainer.run.worker import Callbacks, Worker
 from trainer.train.registry import TRAIN_FUNCTIONS
@@ -52,6 +52,12 @@ def report_lost(members: list[str]) -> None:
     if group is not None:
         for member in members:
             group.interrupt(member)
+
+
+def give_up(number: int) -> None:
+    """Tell this worker that another has left generation `number`. NCCL does not notice it."""
+    if _group is not None:
+        _group.give_up(number)
 
 
 def responds() -> bool:

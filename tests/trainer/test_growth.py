@@ -15,10 +15,10 @@ from pipeline.storage.store import open_store
 from pipeline.views.extend import extend_dataset
 from tests.support.datasets import build_dataset
 from tests.support.training.small_runs import SMALL, config_of, request_after, weights
+from trainer.group.requests import Request
 from trainer.growth import dataset_of_run
 from trainer.phases import Phase, total_steps, with_growth
 from trainer.run.metrics import read_metrics
-from trainer.run.requests import Request
 from trainer.run.run import create_run, open_run, read_record
 from trainer.run.worker import Callbacks, Worker
 from trainer.train.pretrain import pretrain

@@ -22,6 +22,8 @@ import torch.distributed as dist
 from trainer.group.gloo import CONNECT_TIMEOUT, Endpoint, GlooDevice
 from trainer.group.rendezvous import Address, Generation, Rendezvous, WorkerLost
 
+CONNECT_TRIES = 10  # with other workers being lost meanwhile, some tries may fail
+
 
 class Backend(Protocol):
     """How the workers' devices communicate: gloo, NCCL, or a stand-in for it in tests."""
@@ -170,16 +172,23 @@ class Group:
             if self.generation is not None and member in self.generation.members:
                 self._abort()
 
+    def give_up(self, number: int) -> None:
+        """Abort a generation that another worker has left, if it still exists. Safe to call from any thread."""
+        with self.lock:
+            if self.generation is not None and self.generation.number == number:
+                self._abort()
+
     def rebuild(self, leaving: bool = False) -> bool:
         """Leave the current generation, and become a member of the next one.
 
         Args:
             leaving: do not become a member, but let the others go on.
 
-        Returns False if this worker is not a member: because it leaves, or because the run is finished.
+        Returns False if this worker is not a member: because it leaves, or because the run is finished. Raises RuntimeError if it
+        cannot connect to the others although none is lost.
         """
         assert self.rendezvous is not None
-        while True:
+        for _ in range(CONNECT_TRIES):
             self.close()
             generation = self.rendezvous.check_in(self.member, self.address, leaving)
             if generation is None:
@@ -190,6 +199,9 @@ class Group:
                 self.lost = bool(self.dead & set(generation.members))
             if self._connect(generation):
                 return True
+        raise RuntimeError(
+            f"worker {self.rank} of {self.size} cannot connect to the others ({self.address.gloo[0]})"
+        )
 
     def close(self) -> None:
         """End the connections of a group that can be rebuilt. The others see it as a lost worker."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from trainer.group.rendezvous import Address, Generation
 
 HISTORY = 1000  # events that are kept
+OVERDUE_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Status:
     members: tuple[str, ...]  # of it, by rank
     removed: frozenset[str]  # dead, or gone
     joining: frozenset[str]  # ready to join; they do when the members check in
+    overdue: frozenset[str]  # have not checked in, although another member did OVERDUE_S ago
 
 
 @dataclass
@@ -39,6 +41,7 @@ class Roster:
     removed: set[str] = field(default_factory=set)  # dead, or gone
     generation: Generation | None = None
     number: int = 0  # of the newest generation
+    first_at: float = 0.0  # time.monotonic() when the first member checked in for the next generation
     finished: bool = False
     history: list[tuple[float, str]] = field(
         default_factory=list
@@ -65,6 +68,8 @@ class Roster:
             if self.finished or member in self.removed:
                 return None
             self._note(f"{member} is here")
+            if member in self.expected and not self.waiting.keys() & self.expected:
+                self.first_at = time.monotonic()
             self.waiting[member] = address
             before = self.number
             self._announce()
@@ -87,8 +92,11 @@ class Roster:
     def status(self) -> "Status":
         """Return who trains and who wants to."""
         with self.changed:
-            joining = self.waiting.keys() - self.expected
-            return Status(self.number, tuple(self.members), frozenset(self.removed), frozenset(joining))
+            joining, missing = self.waiting.keys() - self.expected, self.expected - self.waiting.keys()
+            late = self.waiting.keys() & self.expected and time.monotonic() - self.first_at > OVERDUE_S
+            overdue = missing if late else set()
+            members, removed = tuple(self.members), frozenset(self.removed)
+            return Status(self.number, members, removed, frozenset(joining), frozenset(overdue))
 
     def finish(self) -> None:
         """Nobody is needed any more: the run has ended."""

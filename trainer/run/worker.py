@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from trainer.group.group import Group
-from trainer.run.requests import Request
+from trainer.group.requests import Request
 from trainer.run.step_timer import StepTimer
 
 log = logging.getLogger("maestream")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from trainer.config.schema import RunConfig
-from trainer.run.requests import Request
+from trainer.group.requests import Request
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,10 @@ from pipeline.errors import UserError
 from pipeline.loading.loader import Loader
 from trainer.config.schema import RunConfig
 from trainer.group.rendezvous import WorkerLost
+from trainer.group.requests import Request
 from trainer.growth import batches_of, make_stretches
 from trainer.models.pixels import check_pixels, images_taken
 from trainer.run.bad_samples import BadSamples
-from trainer.run.requests import Request
 from trainer.run.run import Run, make_order
 from trainer.run.snapshot import Snapshots
 from trainer.run.worker import Callbacks, Worker

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from pipeline.dataset.dataset import Dataset
 from trainer.config.schema import RunConfig
 from trainer.group.rendezvous import WorkerLost
+from trainer.group.requests import Vote
 from trainer.growth import Stretch, grown_record, phases_of
 from trainer.phases import Phase
 from trainer.run.bad_samples import BadSamples
-from trainer.run.requests import Vote
 from trainer.run.resume import resume
 from trainer.run.run import Run, begin_attempt, read_record
 from trainer.run.snapshot import Snapshots, node_number
@@ -17,6 +17,7 @@ from trainer.train.progress import Progress, Standing, catch_up, exchange
 from trainer.train.records import Records, open_records
 from trainer.train.task import Task
 
+MAX_REGROUPS = 30
 BAD, EVALUATE = 1, 2  # what workers do together after a step: exchange bad samples, evaluate
 
 
@@ -36,6 +37,7 @@ class Team:
     phases: list[Phase] = field(default_factory=list)
     stretches: list[Stretch] = field(default_factory=list)  # from the step on at which this worker began
     records: Records | None = None  # on rank 0 only
+    regroups: tuple[int, int] = (-1, 0)  # number of steps done, and how often groups were formed then
     vote: Vote = field(init=False)
 
     @property
@@ -52,6 +54,7 @@ class Team:
 
         Returns False if this worker is not a member: because it leaves, or because the run is finished.
         """
+        self._count_regroups()
         while True:
             try:
                 if self.worker.group.changes and not self.worker.group.rebuild(leaving):
@@ -61,7 +64,14 @@ class Team:
                     self.settle(others)
                 return True
             except WorkerLost:
-                continue
+                self._count_regroups()
+
+    def _count_regroups(self) -> None:
+        """Raise RuntimeError if groups are lost again and again without a step: then all workers have to start again."""
+        step, count = self.regroups
+        self.regroups = self.step, count + 1 if step == self.step else 1
+        if self.regroups[1] > MAX_REGROUPS:
+            raise RuntimeError(f"{MAX_REGROUPS} groups of workers were lost without a step")
 
     def _begin(self, unsettled: int) -> int:
         """Begin an attempt with a new group. Returns what any worker has left to do after the last step."""

@@ -7,7 +7,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from tests.support.raylets import SMALL
+from tests.support.training.raylets import SMALL
 
 RECIPE = """
 global_batch: 12

@@ -16,8 +16,14 @@ from cluster.elastic import preemption, scaling
 from cluster.elastic.mailbox import Mailbox
 from pipeline.dataset.dataset import Dataset
 from pipeline.storage.store import Store, open_store
-from tests.support.raylets import SMALL, assert_each_place_once, assert_same_model, attempts, snapshots
 from tests.support.runs import running, wait_until
+from tests.support.training.raylets import (
+    SMALL,
+    assert_each_place_once,
+    assert_same_model,
+    attempts,
+    snapshots,
+)
 from trainer.config.recipe import load_config
 from trainer.config.schema import PretrainConfig
 from trainer.run.checkpoint import committed_steps

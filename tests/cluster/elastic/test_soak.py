@@ -12,7 +12,8 @@ from ray.cluster_utils import Cluster
 from pipeline.dataset.dataset import Dataset
 from pipeline.storage.store import Store, open_store
 from tests.support.fault_proxy import SLOW_DOWN, fault_proxy
-from tests.support.raylets import (
+from tests.support.runs import wait_until
+from tests.support.training.raylets import (
     Faults,
     assert_each_place_once,
     assert_same_model,
@@ -20,14 +21,13 @@ from tests.support.raylets import (
     size,
     snapshots,
 )
-from tests.support.runs import wait_until
 from tests.support.training.small_runs import request_after
 from trainer.config.recipe import load_config
 from trainer.config.schema import PretrainConfig
+from trainer.group.requests import Request
 from trainer.run.checkpoint import committed_steps
 from trainer.run.events import read_events
 from trainer.run.metrics import read_metrics
-from trainer.run.requests import Request
 from trainer.run.run import create_run, open_run
 from trainer.run.worker import Callbacks, Worker
 from trainer.train.pretrain import pretrain

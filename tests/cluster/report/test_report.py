@@ -18,9 +18,9 @@ from pipeline.dataset.dataset import Dataset
 from pipeline.storage.store import open_store
 from tests.support.command_line import printed, refused
 from trainer.config.recipe import CONFIG_TYPES, parse_config
+from trainer.group.requests import Request
 from trainer.run.events import EVENTS
 from trainer.run.metrics import METRICS, read_metrics
-from trainer.run.requests import Request
 from trainer.run.run import FAILED, LEASE, RUN, create_run, open_run
 from trainer.run.step_timer import PARTS
 from trainer.run.summary import BINS, curve, summarise, time_spent, world_over_time

@@ -12,8 +12,8 @@ from pipeline.storage.store import open_store
 from tests.support.training.gloo import gloo_group, run_workers
 from trainer.config.recipe import parse_config
 from trainer.config.schema import PretrainConfig
+from trainer.group.requests import Request
 from trainer.run.checkpoint import committed_steps
-from trainer.run.requests import Request
 from trainer.run.run import Run, create_run, open_run
 from trainer.run.worker import Callbacks, Worker
 from trainer.train.pretrain import pretrain

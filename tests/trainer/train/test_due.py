@@ -5,7 +5,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.run.requests import Request
+from trainer.group.requests import Request
 from trainer.train.due import Due, Schedule, due_after
 
 every = st.none() | st.integers(1, 12)

@@ -25,11 +25,11 @@ from trainer.config.schema import FinetuneConfig, LinprobeConfig, PretrainConfig
 from trainer.evaluate.accuracy import evaluate, metrics_from_sums, sum_metrics
 from trainer.evaluate.features import evaluate_shard
 from trainer.evaluate.inference_shard import InferenceShard
+from trainer.group.requests import Request
 from trainer.models.classifier import Classifier
 from trainer.models.vit import sincos_pos_embed
 from trainer.run.checkpoint import load_weights
 from trainer.run.metrics import read_metrics
-from trainer.run.requests import Request
 from trainer.run.run import Run, create_run, open_run
 from trainer.run.worker import Callbacks, Worker
 from trainer.studies.study import prepare_study

@@ -25,9 +25,9 @@ from tests.support.training.small_runs import (
     train,
     weights,
 )
+from trainer.group.requests import Request
 from trainer.run.checkpoint import committed_steps, newest_checkpoint, steps_to_keep
 from trainer.run.metrics import read_metrics
-from trainer.run.requests import Request
 from trainer.run.run import begin_attempt, create_run, make_order, open_run, read_starts
 from trainer.run.worker import Callbacks, Worker
 from trainer.train.pretrain import pretrain

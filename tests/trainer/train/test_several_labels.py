@@ -25,9 +25,9 @@ from trainer.evaluate.features import predict_shard
 from trainer.evaluate.inference_shard import InferenceShard
 from trainer.evaluate.predictions import Predictions, score
 from trainer.group.group import Group
+from trainer.group.requests import Request
 from trainer.labels.labels import LABELS, Labels, read_labels
 from trainer.run.metrics import read_metrics
-from trainer.run.requests import Request
 from trainer.run.run import create_run, open_run
 from trainer.run.worker import Callbacks, Worker
 from trainer.weights.api import load_classifier
