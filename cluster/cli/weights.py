@@ -179,7 +179,7 @@ def reconstruct(
     Writes a PNG with original, masked and reconstructed images, and prints the error over masked patches. RUN is a run, or a
     file, folder or URL with the weights of an MAE.
     """
-    from pipeline.loading.pictures import picture_bands
+    from pipeline.pictures.bands import picture_bands
     from trainer.config.device import best_device
     from trainer.config.model_schema import ModelConfig
     from trainer.evaluate.reconstruct import draw_grid, reconstruct

@@ -86,6 +86,9 @@ class RayRendezvous:
         generation: Generation | None = ray.get(self.roster.check_in.remote(member, address, leaving))
         return generation
 
+    def finish(self) -> None:
+        ray.get(self.roster.finish.remote())
+
 
 def run_worker(job: dict[str, Any]) -> None:
     """Train as one worker."""

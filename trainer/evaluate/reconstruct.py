@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.images.formats import image_info
 from pipeline.loading.crops import CENTRE, centre_crops
 from pipeline.loading.loader import Batch, aspect_of, centred_batch
-from pipeline.loading.pictures import draw_bands, picture_bands
+from pipeline.pictures.bands import draw_bands, picture_bands
 from pipeline.storage.store import Store
 from pipeline.text import plural
 from trainer.models.mae import MAE

@@ -203,6 +203,11 @@ class Group:
             f"worker {self.rank} of {self.size} cannot connect to the others ({self.address.gloo[0]})"
         )
 
+    def finish(self) -> None:
+        """Say that the run is finished, so that workers that want to join end as well."""
+        if self.rendezvous is not None:
+            self.rendezvous.finish()
+
     def close(self) -> None:
         """End the connections of a group that can be rebuilt. The others see it as a lost worker."""
         if self.changes:

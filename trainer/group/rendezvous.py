@@ -40,3 +40,6 @@ class Rendezvous(Protocol):
         Args:
             leaving: this worker will not be a member, and the others need not wait for it.
         """
+
+    def finish(self) -> None:
+        """Say that the run is finished: nobody is needed any more."""

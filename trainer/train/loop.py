@@ -181,6 +181,8 @@ def train(
         team.records.close(progress.step)
     if not left:
         group.barrier()  # a worker that exits earlier would end the others
+        if not stopped:
+            group.finish()
     snapshots.close()
     task.close()  # before the loader: it may use the decoder
     decoder.close()

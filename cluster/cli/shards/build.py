@@ -130,7 +130,7 @@ def build(source: str, dest: str, **options: Any) -> None:
     from pipeline.build.shard_writer import BuildOptions, Receipt
     from pipeline.dataset.fields import parse_fields
     from pipeline.dataset.image_check import Conversion
-    from pipeline.loading.contact_sheet import draw_contact_sheet
+    from pipeline.pictures.contact_sheet import draw_contact_sheet
 
     store = open_store(dest)
     store.check_writable()

@@ -57,7 +57,7 @@ def show(dest: str, grid: str | None, sizes: str | None) -> None:
     if not manifest.checksums:
         console.print(NO_CHECKSUMS)
     if grid:
-        from pipeline.loading.contact_sheet import draw_contact_sheet
+        from pipeline.pictures.contact_sheet import draw_contact_sheet
 
         write_file(grid, draw_contact_sheet(dataset))
         console.print(f"wrote a contact sheet to {grid}")

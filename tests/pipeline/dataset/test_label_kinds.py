@@ -16,9 +16,9 @@ from pipeline.dataset.repair import repair
 from pipeline.dataset.verify import verify
 from pipeline.decode.factory import make_decoder
 from pipeline.errors import UserError
-from pipeline.loading.contact_sheet import draw_contact_sheet
 from pipeline.loading.loader import Batch, Loader, centred_batch
 from pipeline.loading.order import Order
+from pipeline.pictures.contact_sheet import draw_contact_sheet
 from tests.support.data.foreign_tars import index, noise, pack
 
 NAN = float("nan")

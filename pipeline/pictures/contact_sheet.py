@@ -14,7 +14,7 @@ from pipeline.decode.factory import make_decoder
 from pipeline.errors import UserError
 from pipeline.images.pixels import RGB
 from pipeline.loading.loader import centred_batch
-from pipeline.loading.pictures import draw_bands, picture_bands
+from pipeline.pictures.bands import draw_bands, picture_bands
 
 COLUMNS, ROWS = 8, 6
 TILE, CAPTION = 112, 14  # height of a sample and of its caption, pixels

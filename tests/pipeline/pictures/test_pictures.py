@@ -12,8 +12,8 @@ from PIL import Image
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.statistics import Statistics, write_statistics
 from pipeline.errors import UserError
-from pipeline.loading.contact_sheet import draw_contact_sheet
-from pipeline.loading.pictures import draw_bands, picture_bands
+from pipeline.pictures.bands import draw_bands, picture_bands
+from pipeline.pictures.contact_sheet import draw_contact_sheet
 from tests.support.datasets import build_dataset
 
 

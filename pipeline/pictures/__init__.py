@@ -1,0 +1,1 @@
+"""Pictures of samples: contact sheets, and images of any number of channels as RGB."""
