@@ -9,6 +9,7 @@ from trainer.config.schema import RunConfig
 from trainer.run.checkpoint import Checkpointer, check_finite
 from trainer.run.metrics import Metrics
 from trainer.run.run import Run
+from trainer.train.progress import Progress
 from trainer.train.task import Task
 
 
@@ -22,6 +23,7 @@ class Records:
     checkpointer: Checkpointer
     saved: int  # steps in the newest checkpoint that was begun
     saved_at: float  # when, as time.perf_counter() tells
+    next: int  # step of the first row of metrics that has not been written
 
     def begin_attempt(self, run: Run) -> None:
         """Go on in a new attempt. A checkpoint that is being written is still committed."""
@@ -33,8 +35,14 @@ class Records:
         return age > self.config.checkpoint.every_minutes * 60 and not self.checkpointer.busy
 
     def write(self, rows: list[dict[str, Any]]) -> None:
-        """Write rows of metrics, one for each step."""
-        self.metrics.write(rows)
+        """Write rows of metrics, one for each step, except those that have been written.
+
+        If this worker was behind another and got its progress, the two may have read the losses after different steps.
+        """
+        new = [row for row in rows if row["step"] >= self.next]
+        if new:
+            self.metrics.write(new)
+            self.next = new[-1]["step"] + 1
 
     def save(self, step: int) -> None:
         """Begin a checkpoint of the state after `step` steps. UserError if a weight is not finite."""
@@ -55,17 +63,18 @@ def open_records(
     config: RunConfig,
     run: Run,
     fingerprint: str,
-    unsaved: list[dict[str, Any]],
+    progress: Progress,
     taking_over: bool,
 ) -> Records:
     """Begin to write, as rank 0.
 
     Args:
         fingerprint: of the dataset.
-        unsaved: rows of metrics that may not be in the run folder yet. Those that are missing there are written.
+        progress: rows of metrics that are missing in the run folder are written.
         taking_over: from a worker that was rank 0 before. The checkpoint that it was writing may be lost, so the next one is due.
     """
     metrics = Metrics(run)
-    metrics.restore(unsaved)
+    metrics.restore(progress.unsaved)
+    first = progress.step - len(progress.pending)
     saved_at = -math.inf if taking_over else time.perf_counter()
-    return Records(task, config, metrics, Checkpointer(run, config, fingerprint), 0, saved_at)
+    return Records(task, config, metrics, Checkpointer(run, config, fingerprint), 0, saved_at, first)

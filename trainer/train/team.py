@@ -110,9 +110,10 @@ class Team:
             self.task.become_main()
             fingerprint = self.phases[-1].fingerprint
             self.records = open_records(
-                self.task, self.config, self.run, fingerprint, self.progress.unsaved, taking_over
+                self.task, self.config, self.run, fingerprint, self.progress, taking_over
             )
         self.records.begin_attempt(self.run)
+        self.records.write(self.progress.unsaved)
         self.callbacks.on_attempt(self.run.attempt, step, self.worker.world_size)
         if self.phases[-1].first_step >= step and len(self.phases) > 1:
             grown = {"event": "grown", "step": self.phases[-1].first_step, "samples": self.dataset.samples}

@@ -53,7 +53,7 @@ class Workers:
         self.pipes: dict[str, Any] = {}
 
     def __enter__(self) -> "Workers":
-        Connection.register("roster", callable=lambda: self.roster, exposed=["check_in", "status"])
+        Connection.register("roster", callable=lambda: self.roster, exposed=["check_in", "finish", "status"])
         self.server = Connection(("127.0.0.1", 0), KEY).get_server()
         threading.Thread(target=self._serve, daemon=True).start()
         for name in self.names:
