@@ -54,23 +54,25 @@ class Metrics:
     def restore(self, rows: list[dict[str, Any]]) -> None:
         """Write those rows of a snapshot, in order of their steps, that earlier attempts have not written."""
         if rows:
-            written = {(row["attempt"], row["step"]) for row in self._written_since(rows[0])}
+            written = self.written_since(rows[0]["attempt"], rows[0]["step"])
             self.write([row for row in rows if (row["attempt"], row["step"]) not in written])
 
-    def _written_since(self, first: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Rows in the run folder, in any order: at least those that were written after the row `first` could have been."""
+    def written_since(self, attempt: int, step: int) -> set[tuple[int, int]]:
+        """Return attempt and step of rows in the run folder: at least those that were written after that of `attempt` and `step`
+        could have been."""
+        return {(row["attempt"], row["step"]) for row in self._rows_since(attempt, step)}
+
+    def _rows_since(self, attempt: int, step: int) -> Iterator[dict[str, Any]]:
         if not self.local:
             # The name of a part ends with the step after its last row.
             names = [
-                n
-                for n in self.run.store.names("metrics")
-                if int(Path(n).stem.rpartition("-")[2]) > first["step"]
+                n for n in self.run.store.names("metrics") if int(Path(n).stem.rpartition("-")[2]) > step
             ]
             yield from (row for name in names for row in read_lines(self.run.store, name))
             return
         for row in newest_lines(self.rows):
             yield row
-            if (row["attempt"], row["step"]) <= (first["attempt"], first["step"]):
+            if (row["attempt"], row["step"]) <= (attempt, step):
                 return
 
     def commit(self, step: int) -> None:

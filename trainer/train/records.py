@@ -76,5 +76,9 @@ def open_records(
     metrics = Metrics(run)
     metrics.restore(progress.unsaved)
     first = progress.step - len(progress.pending)
+    if progress.pending:  # a worker that was rank 0 before may have read these losses already
+        oldest = progress.pending[0]
+        written = metrics.written_since(oldest.attempt, oldest.step)
+        first += sum((step.attempt, step.step) in written for step in progress.pending)
     saved_at = -math.inf if taking_over else time.perf_counter()
     return Records(task, config, metrics, Checkpointer(run, config, fingerprint), 0, saved_at, first)
