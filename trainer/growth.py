@@ -98,6 +98,12 @@ def make_stretches(
     return stretches
 
 
+def stretches_from(stretches: Sequence[Stretch], step: int) -> list[Stretch]:
+    """The stretches from step `step` on; the last one also if the run is finished."""
+    left = [stretch for stretch in stretches if stretch.stop > step] or [stretches[-1]]
+    return [replace(stretch, begin=step if stretch is left[0] else stretch.begin) for stretch in left]
+
+
 def batches_of(stretches: Sequence[Stretch]) -> Iterator[tuple[Stretch, TrainBatch]]:
     """The batches of all steps, each with its stretch. Nearly always there is only one stretch."""
     for stretch in stretches:

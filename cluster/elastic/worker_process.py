@@ -21,7 +21,7 @@ from trainer.group.rendezvous import Address, Generation
 from trainer.group.requests import Request
 from trainer.growth import dataset_of_run
 from trainer.run.run import Run
-from trainer.run.worker import Callbacks, Worker
+from trainer.run.worker import Callbacks, Upcoming, Worker
 from trainer.train.registry import TRAIN_FUNCTIONS
 
 _lock = threading.Lock()
@@ -90,6 +90,16 @@ class RayRendezvous:
         ray.get(self.roster.finish.remote())
 
 
+def upcoming(roster: Any, mailbox: Any, group: Group) -> Upcoming | None:
+    """Return the next step, and the rank at which this worker may join those that train; None if it is one of the first."""
+    status, step = ray.get([roster.status.remote(), mailbox.steps_done.remote()])
+    if not group.changes or group.member in status.members:
+        return None
+    gone = [rank for rank, member in enumerate(status.members) if member in status.removed]
+    size = len(status.members) + (not gone)
+    return Upcoming(step + 1, gone[0] if gone else size - 1, size)
+
+
 def run_worker(job: dict[str, Any]) -> None:
     """Train as one worker."""
     global _group
@@ -118,6 +128,7 @@ def run_worker(job: dict[str, Any]) -> None:
     worker = Worker(group, node, job["ledger"], reports=context.get_world_rank() == 0)
     callbacks = Callbacks(
         request=next_request,
+        upcoming=lambda: upcoming(job["roster"], mailbox, group),
         on_attempt=lambda *attempt: mailbox.begin_attempt.remote(*attempt),
         on_step=lambda steps: mailbox.set_steps_done.remote(steps),
         on_metrics=lambda row: mailbox.put_metrics.remote(row),

@@ -124,19 +124,16 @@ class Loader:
     ) -> None:
         self.dataset = dataset
         self.crop_area, self.crops, self.flips = crop_area, crops, flips
-        self.order = order
-        self.decoder = decoder
+        self.order, self.decoder, self.disk_cache = order, decoder, disk_cache
         self.workers = Schedule.constant(rank, world_size)
         self.prefetcher: Prefetcher | None = None  # of the latest call of `steps` or `prepare`
-        self.disk_cache = disk_cache
-        self.fetcher: Fetcher | None = None  # of the latest call of `steps`
-        # The names of a mix's parts, several parts may have one; and the place in these names of each part.
+        self.fetcher: Fetcher | None = None  # likewise
+        # Names of a mix's parts, of which several may have one; and the place in these names of each part.
         self.part_names = list(dict.fromkeys(part.name for part in dataset.manifest.parts))
         if len(self.part_names) == 1:
             self.part_names = []
-        self.part_columns = [
-            self.part_names.index(part.name) for part in dataset.manifest.parts if self.part_names
-        ]
+        parts = dataset.manifest.parts if self.part_names else []
+        self.part_columns = [self.part_names.index(part.name) for part in parts]
         # Two blocks of each lane, the one in use and the next, each with a chunk more at its ends.
         self.lane_bytes = 2 * (int(order.block * dataset.mean_read_bytes) + CHUNK_BYTES)
         order.lanes_of(rank, world_size)  # UserError if there are too many workers
@@ -175,6 +172,11 @@ class Loader:
             self.prefetcher = Prefetcher(reader, self.decode, stack.pop_all())
         self.fetcher = reader.fetcher
         self.prefetcher.fill()
+
+    def wait(self) -> None:
+        """Wait until the first batch after `prepare` is there. Raises UserError if it cannot be made."""
+        if self.prefetcher and self.prefetcher.upcoming:
+            self.prefetcher.upcoming[0].batch.result()
 
     def change_workers(self, step: int, rank: int, world_size: int) -> None:
         """From step `step` on, make the batches of worker `rank` of `world_size`. UserError if there are more workers than lanes.

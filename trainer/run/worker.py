@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -45,12 +45,22 @@ class Worker:
                 log.warning("%s", line)
 
 
+class Upcoming(NamedTuple):
+    """Where a worker is expected to join others that train already."""
+
+    step: int
+    rank: int
+    world_size: int
+
+
 @dataclass(frozen=True)
 class Callbacks:
     """How the training loop talks to the process that started it. The default ignores everything."""
 
     # Called before each step, on every rank:
     request: Callable[[], Request] = lambda: Request.NONE
+    # Called once, before the worker meets the others; None if none trains yet:
+    upcoming: Callable[[], Upcoming | None] = lambda: None
     # Called on rank 0 only:
     on_attempt: Callable[[int, int, int], None] = lambda attempt, start, world_size: None
     on_step: Callable[[int], None] = lambda steps_done: None

@@ -26,7 +26,7 @@ from pipeline.loading.loader import Loader
 from trainer.config.schema import RunConfig
 from trainer.group.rendezvous import WorkerLost
 from trainer.group.requests import Request
-from trainer.growth import batches_of, make_stretches
+from trainer.growth import Stretch, batches_of, make_stretches, stretches_from
 from trainer.models.pixels import check_pixels, images_taken
 from trainer.run.bad_samples import BadSamples
 from trainer.run.run import Run, make_order
@@ -65,18 +65,31 @@ def train(
     if group.changes:
         warm_up(task, config, dataset, decoder, worker)
 
+    def stretches(step: int, rank: int, world_size: int) -> list[Stretch]:
+        def make_loader(dataset: Dataset) -> Loader:
+            return Loader(
+                dataset, make_order(config, dataset), decoder, rank, world_size, config.data.disk_cache,
+                config.data.crop_area, config.data.crops, config.data.flips,
+            )  # fmt: skip
+
+        return make_stretches(config, dataset, team.read_phases(), step, make_loader)
+
+    if (
+        upcoming := callbacks.upcoming()
+    ):  # others train already: read ahead for the step at which this worker may join
+        team.stretches = stretches(*upcoming)
+        first = team.stretches[0]
+        first.loader.prepare(first.begin + first.shift, first.stop + first.shift)
+        first.loader.wait()
+
     # ---- meet the other workers, and resume
     if not team.regroup():
         return True
-
-    def make_loader(dataset: Dataset) -> Loader:
-        return Loader(
-            dataset, make_order(config, dataset), decoder, worker.rank, worker.world_size, config.data.disk_cache,
-            config.data.crop_area, config.data.crops, config.data.flips,
-        )  # fmt: skip
-
     progress = team.progress
-    team.stretches = make_stretches(config, dataset, team.phases, progress.step, make_loader)
+    if team.stretches:
+        team.stretches = stretches_from(team.stretches, progress.step)
+    else:
+        team.stretches = stretches(progress.step, worker.rank, worker.world_size)
     total_steps = team.stretches[-1].stop
     if team.records and progress.step == 0:
         task.picture(0)

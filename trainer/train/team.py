@@ -89,7 +89,7 @@ class Team:
         self.run = begin_attempt(
             self.run, worker, step, lambda record: grown_record(record, self.config, self.dataset, step)
         )
-        self.phases = self.phases or phases_of(read_record(self.run.store), self.config, self.dataset)
+        self.read_phases()
         if worker.rank == 0:
             self._begin_records(taking_over=any(standing.step >= 0 for standing in standings))
         self.snapshots.begin(self.run, nodes, step)
@@ -101,6 +101,11 @@ class Team:
         for standing in standings:
             unsettled |= standing.unsettled
         return unsettled
+
+    def read_phases(self) -> list[Phase]:
+        """Return the phases of the run, which are read once."""
+        self.phases = self.phases or phases_of(read_record(self.run.store), self.config, self.dataset)
+        return self.phases
 
     def _begin_records(self, taking_over: bool) -> None:
         """Do what only rank 0 does, for a new attempt."""

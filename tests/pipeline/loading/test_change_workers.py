@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from crc32c import crc32c
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.dataset.dataset import Dataset, open_dataset
@@ -18,6 +18,7 @@ from pipeline.errors import UserError
 from pipeline.loading.loader import PREFETCH_BATCHES, Loader
 from pipeline.loading.order import Order, Schedule, Worker
 from pipeline.loading.readahead import Reader
+from pipeline.loading.weighted import Weight
 from pipeline.stage_times import StageTimes
 from pipeline.storage.store import open_store
 from pipeline.views.mix import make_mix, parse_weight
@@ -46,7 +47,8 @@ class Checksums:
 
 
 def order_of(dataset: Dataset, lanes: int = 6, block: int = 4, batch: int = 12) -> Order:
-    return Order(dataset.shard_samples, 0, batch, lanes, block)
+    weights = tuple(Weight(p.shards, p.times) for p in dataset.parts) if dataset.manifest.weighted else ()
+    return Order(dataset.shard_samples, 0, batch, lanes, block, weights)
 
 
 def make(dataset, order, rank=0, world_size=1, cache=None) -> Loader:
@@ -105,17 +107,13 @@ def assert_batches_after_random_changes(dataset: Dataset, data: st.DataObject, c
         assert (reader.places, reader.blocks, list(reader.queue), reader.held_bytes) == ({}, {}, [], 0)
 
 
-@settings(
-    max_examples=15, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_batches_are_those_of_a_new_loader_after_any_changes(scenes: Dataset, data: st.DataObject) -> None:
     assert_batches_after_random_changes(scenes, data)
 
 
-@settings(
-    max_examples=4, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_the_same_with_a_disk_cache(
     scenes: Dataset, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
@@ -123,9 +121,7 @@ def test_the_same_with_a_disk_cache(
     assert_batches_after_random_changes(scenes, data, (str(tmp_path_factory.mktemp("cache")), 2_000_000))
 
 
-@settings(
-    max_examples=6, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_the_same_with_a_weighted_mix(
     scenes: Dataset, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
@@ -133,6 +129,7 @@ def test_the_same_with_a_weighted_mix(
     to = tmp_path_factory.mktemp("mix")
     make_mix([scenes, scenes], [parse_weight("2.5"), parse_weight("0.5")], open_store(str(to)))
     mixed = open_dataset(str(to))
+    assert order_of(mixed).most_draws > mixed.samples
     assert_batches_after_random_changes(mixed, data)
 
 
@@ -149,9 +146,7 @@ def most_bytes(reader: Reader, dataset: Dataset, lanes: int) -> int:
     return lanes * (max(reader.lane_bytes, block) + steps + block)
 
 
-@settings(
-    max_examples=15, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_what_is_held_is_bounded_and_released(noise: Dataset, data: st.DataObject) -> None:
     order = make_order(

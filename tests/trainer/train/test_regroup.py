@@ -18,7 +18,7 @@ from trainer.group.group import Group
 from trainer.group.requests import Request
 from trainer.run.metrics import read_metrics
 from trainer.run.run import Run, create_run, make_order, open_run, read_starts
-from trainer.run.worker import Callbacks, Worker
+from trainer.run.worker import Callbacks, Upcoming, Worker
 from trainer.train.pretrain import pretrain
 
 pytestmark = pytest.mark.integration
@@ -38,9 +38,17 @@ def work(group: Group, data: str, out: str, pause_s: float) -> tuple[bool, int]:
             return Request.CHANGE
         return Request.LEAVE if Path(f"{out}.{group.member}.leave").exists() else Request.NONE
 
+    def upcoming() -> Upcoming | None:
+        """A guess at where this worker will join."""
+        members = group.rendezvous.status().members
+        if group.member in members:
+            return None
+        return Upcoming(len(losses(out)) + 1, len(members), len(members) + 1)
+
     config = config_of(**CHANGES)
     run = Run(open_store(out), Path(out).parent.name, 0)
-    done = pretrain(config, open_dataset(data), run, Worker(group, ledger=True), Callbacks(request=request))
+    callbacks = Callbacks(request=request, upcoming=upcoming)
+    done = pretrain(config, open_dataset(data), run, Worker(group, ledger=True), callbacks)
     return done, os.getpid()
 
 
