@@ -107,7 +107,7 @@ def measure(folder: str) -> None:
     import numpy as np
 
     from pipeline.dataset.dataset import open_dataset
-    from pipeline.loading.order import Order
+    from pipeline.loading.order import Order, Schedule
 
     record_memory("pipeline imported, without torch")
     opened = []
@@ -152,7 +152,9 @@ def measure(folder: str) -> None:
 
     for world_size in WORLD_SIZES:
         start = 7 * epoch - 40  # two blocks of each lane, as many as are held at the same time
-        reader = Reader(dataset, order, world_size // 2, world_size, start, 8 * epoch, 1 << 40)
+        reader = Reader(
+            dataset, order, Schedule.constant(world_size // 2, world_size), start, 8 * epoch, 1 << 40
+        )
         reader.close()
         reader.fetcher = InstantFetcher()  # type: ignore[assignment]
 

@@ -34,6 +34,7 @@ from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.decode.factory import make_decoder
 from pipeline.loading.benchmark import cpu_model
 from pipeline.loading.loader import Loader
+from pipeline.loading.order import Schedule
 from pipeline.loading.readahead import Reader
 from pipeline.storage.store import open_store
 
@@ -65,8 +66,8 @@ def plain_reads(dataset: Dataset) -> float:
 def cold_reads(dataset: Dataset) -> list[float]:
     """MB/s of our reader in each of two epochs."""
     order = make_order(dataset, BATCH)
-    bound = Loader(dataset, order, make_decoder("auto", 224, 1), 0, 1).readahead_bytes
-    reader = Reader(dataset, order, 0, 1, 0, 2 * order.steps_per_epoch, bound)
+    lane_bytes = Loader(dataset, order, make_decoder("auto", 224, 1), 0, 1).lane_bytes
+    reader = Reader(dataset, order, Schedule.constant(0, 1), 0, 2 * order.steps_per_epoch, lane_bytes)
     reader.fetcher.read_file("manifest.json").result()  # wait until the fetch process has started
     rates = []
     for epoch in range(2):
@@ -94,7 +95,7 @@ def images_per_second(dataset: Dataset, cache: tuple[str, int] | None) -> float:
 def first_batch_bytes(dataset: Dataset) -> float:
     """Bytes read for the first batch of 4096 at world size 1, with indexes, divided by the batch's size."""
     order = make_order(dataset, 4096)
-    reader = Reader(dataset, order, 0, 1, 0, 1, 0)
+    reader = Reader(dataset, order, Schedule.constant(0, 1), 0, 1, 0)
     own = reader.read(0).located.size.sum()
     reader.close()
     return reader.fetcher.storage_bytes / int(own)
@@ -104,8 +105,9 @@ def epoch_bytes(dataset: Dataset, world_size: int) -> float:
     """Bytes read in an epoch by all workers together, with indexes, divided by the size of the shards."""
     order, total = make_order(dataset, BATCH), 0
     for rank in range(world_size):
-        bound = Loader(dataset, order, make_decoder("auto", 224, 1), rank, world_size).readahead_bytes
-        reader = Reader(dataset, order, rank, world_size, 0, order.steps_per_epoch, bound)
+        workers = Schedule.constant(rank, world_size)
+        lane_bytes = Loader(dataset, order, make_decoder("auto", 224, 1), rank, world_size).lane_bytes
+        reader = Reader(dataset, order, workers, 0, order.steps_per_epoch, lane_bytes)
         for step in range(order.steps_per_epoch):
             reader.read(step)
         reader.close()

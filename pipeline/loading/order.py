@@ -36,6 +36,7 @@ Why it is like this:
 import functools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -239,3 +240,32 @@ class Order:
     def imbalance(self, world_size: int) -> float:
         """The largest local batch divided by the mean one; 1 if the world size divides the lanes."""
         return math.ceil(self.lanes / world_size) * world_size / self.lanes
+
+
+class Worker(NamedTuple):
+    rank: int
+    world_size: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """For each change the first step of the worker that it makes this one, in ascending order. The first of these steps is 0."""
+
+    changes: tuple[tuple[int, Worker], ...]
+
+    @classmethod
+    def constant(cls, rank: int, world_size: int) -> "Schedule":
+        return cls(((0, Worker(rank, world_size)),))
+
+    def at(self, step: int) -> Worker:
+        return next(worker for first, worker in reversed(self.changes) if first <= step)
+
+    def changed(self, step: int, worker: Worker) -> "Schedule":
+        """With another worker from `step` on. It replaces all changes at or after `step`."""
+        step = max(step, 0)
+        return Schedule((*(change for change in self.changes if change[0] < step), (step, worker)))
+
+    def first_difference(self, other: "Schedule") -> int | None:
+        """The first step at which the two differ; None if there is none."""
+        steps = sorted({step for step, _ in self.changes + other.changes})
+        return next((step for step in steps if self.at(step) != other.at(step)), None)

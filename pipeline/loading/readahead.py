@@ -2,16 +2,19 @@
 
 A block of a lane (`pipeline.loading.order`) is one or two contiguous byte ranges of shards, and all of its samples are
 used within the next K samples of the lane. So a block is read as a whole, and its memory is freed when the last of its
-samples has been used. For each step, in order:
+samples has been trained on. For each step, in order:
 
 1. Plan: find the blocks that the step is the first to need, read the indexes of their shards, and queue the blocks.
 2. Request queued blocks from the fetch process: those that the current step needs at once, later ones as long as at
-   most `readahead_bytes` are requested and not used up.
+   most `lane_bytes` for each lane are requested and not used up.
 3. Wait for the step's samples, and check their crc32c against the index. A sample that differs is read once more,
    directly from storage; if it still differs, it is a bad sample.
 
-The first step of a run is different: only its own samples are read, not their whole blocks, so that training can start
-soon. The rest of those blocks is read after it.
+The first step of a lane is different, in the run's first step or where the worker gets other lanes: only the lane's samples of
+that step are read, not their whole block, so that training can start soon. The rest of the block is read after it.
+
+When workers are lost or join, steps may be read again, or for other lanes (`Reader.change`). So a block is kept until the trainer
+is past its last step, and what has been read for a lane is not read again as long as the worker has the lane.
 """
 
 import itertools
@@ -19,26 +22,22 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from crc32c import crc32c
 
 from pipeline.arrays import Ints
-from pipeline.dataset.dataset import SMALL_GAP_BYTES, Dataset, Located
+from pipeline.dataset.dataset import Dataset, Located
 from pipeline.dataset.manifest import index_name
 from pipeline.decode.decoder import Encoded
 from pipeline.errors import UserError
+from pipeline.loading.blocks import GAP_BYTES, Block, Span, make_block
 from pipeline.loading.disk_cache import DiskCache
-from pipeline.loading.fetch_client import MISSING, Fetcher, Range
-from pipeline.loading.order import Order
+from pipeline.loading.fetch_client import MISSING, Fetcher
+from pipeline.loading.order import Order, Schedule
 from pipeline.stage_times import StageTimes
 
-# A gap between two samples of up to this size is read with them rather than making another request.
-GAP_BYTES = 64 << 10
-# The same for samples that the first step has read already, in epochs of at least LONG_EPOCH steps: there, reading one
-# batch twice does not matter.
-HOLE_BYTES, LONG_EPOCH = 256 << 10, 20
 RUN_BYTES = 1 << 20  # largest read of `read_samples`: small enough for several reads per batch
 # Reads of `read_samples`, which evaluations call from about two threads at a time. The threads mostly wait.
 READ_POOL = ThreadPoolExecutor(32, "read-samples")
@@ -56,32 +55,12 @@ class Samples:
     draws: Ints  # int64[n], see `Order.draws`; `ids` for evaluations
 
 
-@dataclass
-class Block:
-    """Samples that are read together: a block of a lane, or all samples of the first step."""
-
-    step: int  # the first step that needs it
-    located: Located  # its samples
-    ranges: list[Range]  # what is read
-    begins: list[int]  # first byte of each sample in the ranges laid end to end
-    ends: list[int]  # and the byte after its last
-    unused: int  # samples that no step has used yet
-    data: "Future[memoryview]" = field(init=False)  # set when the block is requested
-
-    @property
-    def size(self) -> int:
-        return sum(r.size for r in self.ranges)
-
-    def sample(self, i: int) -> memoryview:
-        return self.data.result()[self.begins[i] : self.ends[i]]
-
-
 class Reader:
     """Reads the samples of one worker for steps `start` to `stop` − 1, in order. Not thread-safe.
 
     Args:
-        rank, world_size: this worker, and the number of workers.
-        readahead_bytes: how much may be requested or held beyond what the current step needs.
+        workers: which worker this one is.
+        lane_bytes: how much may be requested or held beyond what the current step needs, for each lane.
         disk_cache: the node's disk cache, if there is one.
     """
 
@@ -89,45 +68,48 @@ class Reader:
         self,
         dataset: Dataset,
         order: Order,
-        rank: int,
-        world_size: int,
+        workers: Schedule,
         start: int,
         stop: int,
-        readahead_bytes: int,
+        lane_bytes: int,
         disk_cache: DiskCache | None = None,
     ) -> None:
         self.dataset, self.order, self.disk_cache = dataset, order, disk_cache
-        self.rank, self.world_size = rank, world_size
-        self.start, self.stop, self.readahead_bytes = start, stop, readahead_bytes
-        self.lanes = order.lanes_of(rank, world_size)
-        self.fetcher = Fetcher(
-            dataset.shard_store.url, dataset.store.url, disk_cache, spare_bytes=readahead_bytes // 8
-        )
+        self.workers = workers
+        self.start, self.stop, self.lane_bytes = start, stop, lane_bytes
+        self.fetcher = Fetcher(dataset.shard_store.url, dataset.store.url, disk_cache)
         self.first_chunks = np.zeros_like(dataset.shard_bytes)
         if disk_cache:
             chunks = -(-dataset.shard_bytes // disk_cache.chunk_bytes)
             self.first_chunks = np.cumsum(chunks) - chunks
-        self.next_step = start  # to plan
-        self.planned_until = np.zeros_like(
-            self.lanes
-        )  # of each lane: the epoch's first position in no block yet
+        self.done = start  # steps before it are not read again
+        self.next_step = start  # to read
+        self.next_plan = start  # the step to plan next
+        # Of each lane: the first position, counted over all epochs, that is in no block yet; −1 if the lane is not ours.
+        self.planned_until = np.full(order.lanes, -1)
         self.queue: deque[Block] = deque()  # planned but not requested
-        self.held_bytes = 0  # of blocks that are requested and not used up
+        self.blocks: dict[int, list[Block]] = {}  # last step → all blocks that are planned and not released
+        self.held_bytes = 0  # of blocks that are requested and not released
+        self.abandoned: list[Block] = []  # released, but perhaps still being read
         self.places: dict[
             int, tuple[Block, int]
         ] = {}  # epoch · most_draws + draw → its block, and its position in it
         self.indexes: dict[int, Future[memoryview]] = {}  # shard → its index, requested but not used yet
         self.waited_s = 0.0  # for storage, in all
 
-    def read(self, step: int) -> Samples:
-        """The samples of a step. Call it for each step in turn. UserError if storage refuses for good."""
+    def read(self, step: int, done: int | None = None) -> Samples:
+        """The samples of a step. Call it for each step in turn. UserError if storage refuses for good.
+
+        `done`: keep what steps from this one on need, for `change`. By default steps up to this one are done.
+        """
         begin, waited_s = time.perf_counter(), self.waited_s
+        self.fetcher.buffers.spare_bytes = self.lane_bytes * len(self._lanes(step)) // 8
         # Read nothing else before the first step is complete: the device waits for it.
         self._request(step, ahead=step > self.start)
-        draws = self.order.step_draws(step, self.rank, self.world_size)
+        draws = self.order.step_draws(step, *self.workers.at(step))
         ids = draws % self.order.samples
         first = step // self.order.steps_per_epoch * self.order.most_draws
-        taken = [self.places.pop(first + draw) for draw in draws.tolist()]
+        taken = [self.places[first + draw] for draw in draws.tolist()]
         wait_begin = time.perf_counter()
         encoded: list[Encoded] = [block.sample(i) for block, i in taken]
         self.waited_s += time.perf_counter() - wait_begin
@@ -138,27 +120,86 @@ class Reader:
             block, here, there = blocks[0], slice(at, at + len(places)), list(places)
             located.shard[here], located.row[here] = block.located.shard[there], block.located.row[there]
             at += len(places)
-            block.unused -= len(places)
-            if not block.unused:
-                self.held_bytes -= block.size
+        self.next_step = step + 1
+        self._release_until(step + 1 if done is None else done)
         self._request(step, ahead=True)
         changed = self._check(located, encoded)
         storage_s = self.waited_s - waited_s
         stage_times = StageTimes(storage=storage_s, read=time.perf_counter() - begin - storage_s)
         return Samples(ids, located, encoded, changed, stage_times, draws)
 
+    def change(self, workers: Schedule, step: int, done: int) -> None:
+        """Continue with `step`, as the worker that `workers` says. Steps from `done` on are kept, see `read`.
+
+        What has been read is kept as far as the worker's lanes need it.
+        """
+        changed = workers.first_difference(self.workers)
+        self.workers = workers
+        if step != self.next_step or (changed is not None and changed <= step):
+            self.start = self.next_step = step
+        plan_from = step if changed is None or step < self.done else max(step, changed)
+        self._release_until(done)
+        self._release_lost(done)
+        self._plan_again(plan_from)
+
+    def _release_until(self, done: int) -> None:
+        """Release the blocks that only steps before `done` need."""
+        before, self.done = self.done, done
+        for step in range(before, done):
+            self._release(list(self.blocks.get(step, ())))
+        if self.workers.at(before) != self.workers.at(done):
+            self._release_lost(done)
+
+    def _release_lost(self, step: int) -> None:
+        """Release the blocks that steps before `step` needed, of lanes that are not ours any more at `step`."""
+        blocks = [block for blocks in self.blocks.values() for block in blocks if block.step < step]
+        self._release([block for block in blocks if not self._kept(block, step).size])
+
+    def _release(self, blocks: list[Block]) -> None:
+        for block in blocks:
+            for key in block.keys:
+                if key in self.places and self.places[key][0] is block:
+                    del self.places[key]
+            self.blocks[block.last_step].remove(block)
+            if not self.blocks[block.last_step]:
+                del self.blocks[block.last_step]
+            if block.data is None:
+                self.queue.remove(block)
+                continue
+            self.held_bytes -= block.size
+            if not block.data.done():
+                self.abandoned.append(block)
+
+    def _lanes(self, step: int) -> Ints:
+        return self.order.lanes_of(*self.workers.at(step))
+
+    def _kept(self, block: Block, step: int) -> Ints:
+        """The lanes of a block that stay ours until `step`."""
+        lanes = block.span.lanes
+        for first, (rank, world_size) in self.workers.changes:
+            if block.step < first <= step:
+                lanes = lanes[lanes % world_size == rank]
+        return lanes
+
     def _request(self, step: int, ahead: bool) -> None:
-        """Request the blocks that `step` needs and, with `ahead`, later ones as far as `readahead_bytes` allows."""
-        while self.queue or self.next_step < (self.stop if ahead else step + 1):
+        """Request the blocks that `step` needs and, with `ahead`, later ones as far as `lane_bytes` allows."""
+        # Of what is held, blocks that are only kept for `change` do not count.
+        kept = sum(block.size for s in range(self.done, self.next_step) for block in self.blocks.get(s, ()))
+        self.abandoned = [block for block in self.abandoned if block.data and not block.data.done()]
+        kept -= sum(block.size for block in self.abandoned)
+        lanes = len(self._lanes(step))
+        while self.queue or self.next_plan < (self.stop if ahead else step + 1):
             if not self.queue:
-                if not self._plan(self.next_step, wait=self.next_step <= step):
+                if not self._plan(self.next_plan, wait=self.next_plan <= step):
                     return
-                self.next_step += 1
+                self.next_plan += 1
                 continue
             block = self.queue[0]
-            if block.step > step and self.held_bytes + block.size > self.readahead_bytes:
+            # Of a step from which on there are fewer lanes, only as much as is allowed for these.
+            most = kept + self.lane_bytes * min(lanes, len(self._lanes(block.step)))
+            if block.step > step and self.held_bytes + block.size > most:
                 return
-            block.data = self.fetcher.read_ranges(block.ranges, fill_cache=block.step > self.start)
+            block.data = self.fetcher.read_ranges(block.ranges, fill_cache=not block.span.new)
             self.held_bytes += block.size
             self.queue.popleft()
 
@@ -166,35 +207,74 @@ class Reader:
         """Queue the blocks that `step` is the first to need. Returns False, and queues nothing, if their indexes have not
         arrived yet and `wait` is False."""
         order = self.order
-        epoch, within = divmod(step, order.steps_per_epoch)
-        end = (within + 1) * order.per_lane
-        until = self.planned_until.copy() if within else np.zeros_like(self.planned_until)
-        groups: list[Ints] = []  # draws that are read together
-        if step == self.start:
-            # Of the first step only its own samples, so that it is complete soon; the rest of their blocks later.
-            groups.append(order.step_draws(step, self.rank, self.world_size))
-            until = np.full_like(until, end)
-        while (behind := np.flatnonzero(until < end)).size:
-            ends = order.block_ends(self.lanes[behind], until[behind])
-            for lane, a, b in zip(self.lanes[behind], until[behind].tolist(), ends.tolist(), strict=True):
-                groups.append(order.draws(epoch, np.array([lane]), np.arange(a, b))[0])
+        lanes, epoch = self._lanes(step), step // order.steps_per_epoch
+        first, stop, before = step * order.per_lane, (step + 1) * order.per_lane, epoch * order.lane_length
+        until = np.full_like(self.planned_until, -1)
+        until[lanes] = self.planned_until[lanes]
+        spans: list[Span] = []
+        new = lanes[until[lanes] < first]
+        if new.size:
+            # Of these only the samples of this step, so that it is complete soon; the rest of their blocks later.
+            spans.append(Span(new, first, stop, True))
+            until[new] = stop
+        while (behind := lanes[until[lanes] < stop]).size:
+            ends = order.block_ends(behind, until[behind] - before) + before
+            spans += [
+                Span(np.array([lane]), a, b, False)
+                for lane, a, b in zip(behind, until[behind].tolist(), ends.tolist(), strict=True)
+            ]
             until[behind] = ends
+        groups = [order.draws(epoch, s.lanes, np.arange(s.first, s.stop) - before).ravel() for s in spans]
         if not self._indexes_ready(groups, wait):
             return False
+        if groups:
+            self._queue(epoch, spans, groups)
         self.planned_until = until
-        if not groups:
-            return True
-        groups = [draws[np.argsort(draws % order.samples, kind="stable")] for draws in groups]
-        # Look up all of them in one call: then each index is parsed only once, even if not all fit into memory.
-        together = self.dataset.locate(np.concatenate(groups) % order.samples, self._index)
-        ends = np.cumsum([len(draws) for draws in groups])
-        for draws, end in zip(groups, ends.tolist(), strict=True):
-            here = slice(end - len(draws), end)
-            block = self._block(step, Located(together.shard[here].copy(), together.row[here].copy()))
-            self.queue.append(block)
-            first = epoch * order.most_draws
-            self.places |= {first + draw: (block, i) for i, draw in enumerate(draws.tolist())}
         return True
+
+    def _queue(self, epoch: int, spans: list[Span], groups: list[Ints]) -> None:
+        """Queue a block for each of these spans. `groups`: their draws."""
+        samples, first = self.order.samples, epoch * self.order.most_draws
+        groups = [draws[np.argsort(draws % samples, kind="stable")] for draws in groups]
+        # Look up all of them in one call: then each index is parsed only once, even if not all fit into memory.
+        together = self.dataset.locate(np.concatenate(groups) % samples, self._index)
+        ends = np.cumsum([len(draws) for draws in groups])
+        for span, draws, end in zip(spans, groups, ends.tolist(), strict=True):
+            here = slice(end - len(draws), end)
+            located = Located(together.shard[here].copy(), together.row[here].copy())
+            block = make_block(
+                self.dataset, self.order, span, (first + draws).tolist(), self.first_chunks, located
+            )
+            self.queue.append(block)
+            self.blocks.setdefault(block.last_step, []).append(block)
+            self.places |= {key: (block, i) for i, key in enumerate(block.keys)}
+
+    def _plan_again(self, step: int) -> None:
+        """Plan the steps from `step` on again, with the blocks that have been requested for lanes that are still ours."""
+        self.next_plan = max(self.next_plan, self.next_step)
+        if step >= self.next_plan:
+            return
+        self.next_plan = step
+        self.indexes.clear()  # perhaps of lanes that are not ours any more
+        lanes, position = self._lanes(step), step * self.order.per_lane
+        until = np.full_like(self.planned_until, -1)
+        until[lanes] = position
+        useful: list[Block] = []
+        useless: list[Block] = []
+        blocks = [block for blocks in self.blocks.values() for block in blocks if block.last_step >= step]
+        for block in sorted(blocks, key=lambda block: block.span.first):
+            own = self._kept(block, step)
+            own = own[until[own] == max(block.span.first, position)]
+            if own.size and not block.failed and (block.data is not None or block.step < step):
+                until[own] = block.span.stop
+                useful.append(block)
+            elif block.step >= step:
+                useless.append(block)
+        self._release(useless)
+        for block in useful:  # in which samples of others were found that are useless now
+            self.places |= {key: (block, i) for i, key in enumerate(block.keys)}
+        until[until == position] = -1  # nothing is held for them: they are new
+        self.planned_until = until
 
     def _indexes_ready(self, groups: list[Ints], wait: bool) -> bool:
         shards = self.dataset.shards_of(np.concatenate(groups) % self.order.samples) if groups else []
@@ -214,39 +294,6 @@ class Reader:
         data = self.indexes.pop(shard).result()
         self.waited_s += time.perf_counter() - wait_begin
         return data
-
-    def _block(self, step: int, located: Located) -> Block:
-        """A block of these samples, which are sorted by their position in the dataset."""
-        shard, begin, size = located.shard, located.offset, located.size
-        if step == self.start:
-            # The samples of the first step are scattered. Read at most twice their own bytes.
-            firsts, lasts = _runs(located, size[:-1])
-        else:
-            firsts, lasts = _runs(
-                located, HOLE_BYTES if self.order.steps_per_epoch >= LONG_EPOCH else GAP_BYTES
-            )
-            # So are those of a view that has few samples of each shard. Here single gaps may be larger.
-            small = max(SMALL_GAP_BYTES, int(size.mean()))
-            if (begin[lasts] + size[lasts] - begin[firsts]).sum() > size.sum() + small * len(size):
-                firsts, lasts = _runs(located, small)
-        ranges, begins, position = [], [], 0
-        for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
-            s, start = int(shard[first]), int(begin[first])
-            stop = int(begin[last] + size[last])
-            ranges.append(
-                Range(
-                    self.dataset.shard_name(s),
-                    start,
-                    stop - start,
-                    s,
-                    int(self.dataset.shard_bytes[s]),
-                    int(self.first_chunks[s]),
-                )
-            )
-            begins += (begin[first : last + 1] - start + position).tolist()
-            position += stop - start
-        ends = (np.array(begins) + size).tolist()
-        return Block(step, located, ranges, begins, ends, len(shard))
 
     def _check(self, located: Located, encoded: list[Encoded]) -> list[int]:
         """Compare crc32c with the index. Samples that differ are read again from storage, and their chunks are removed
@@ -268,14 +315,6 @@ class Reader:
 
     def close(self) -> None:
         self.fetcher.close()
-
-
-def _runs(located: Located, max_gap: int | Ints) -> tuple[Ints, Ints]:
-    """The first and the last position of each run of samples that are read together: those of one shard with at most
-    `max_gap` bytes between two."""
-    gap = located.offset[1:] - (located.offset + located.size)[:-1]
-    cuts = np.flatnonzero((np.diff(located.shard) != 0) | (gap > max_gap) | (gap < 0)) + 1
-    return np.r_[0, cuts], np.r_[cuts, len(located.shard)] - 1
 
 
 def _read(dataset: Dataset, located: Located, i: int) -> bytes:

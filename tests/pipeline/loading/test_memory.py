@@ -57,7 +57,7 @@ def watch(job: Job) -> list[Look]:
 def assert_bounded_and_flat(job: Job, flat_bytes: int = FLAT_BYTES) -> None:
     dataset = open_dataset(job.dataset)
     order = Order(dataset.shard_samples, 0, job.global_batch, job.lanes, job.block)
-    bound = Loader(dataset, order, make_decoder("cpu", job.size, 1), 0, 1).readahead_bytes
+    bound = Loader(dataset, order, make_decoder("cpu", job.size, 1), 0, 1).lane_bytes * job.lanes
     assert bound < dataset.manifest.image_bytes / 3  # else this would say nothing
 
     looks = watch(job)
@@ -87,6 +87,10 @@ def assert_bounded_and_flat(job: Job, flat_bytes: int = FLAT_BYTES) -> None:
 def test_memory_is_bounded_and_does_not_grow(padded: Dataset, tmp_path: Path, kept_bytes: int) -> None:
     cache = (str(tmp_path), kept_bytes) if kept_bytes else None
     assert_bounded_and_flat(Job(padded.store.url, 24, 3, 16, 32, EPOCHS, cache))
+
+
+def test_memory_is_bounded_while_workers_are_lost_and_join(padded: Dataset) -> None:
+    assert_bounded_and_flat(Job(padded.store.url, 24, 3, 16, 32, EPOCHS, None, changes=True))
 
 
 @pytest.mark.soak

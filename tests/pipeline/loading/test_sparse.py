@@ -59,9 +59,9 @@ def test_memory_is_planned_for_the_bytes_between_the_samples_too(noise: Dataset,
     assert noise.mean_read_bytes == noise.mean_sample_bytes
     assert sparse.mean_read_bytes > 1.5 * sparse.mean_sample_bytes
     order = make_order(sparse, block=32)
-    loader = Loader(sparse, order, None, 0, 1)  # decodes nothing
-    reader = make_reader(sparse, order, 0, order.steps_per_epoch, bound=loader.readahead_bytes)
+    bound = Loader(sparse, order, None, 0, 1).lane_bytes * order.lanes  # decodes nothing
+    reader = make_reader(sparse, order, 0, order.steps_per_epoch, bound=bound)
     for step in range(order.steps_per_epoch):
         reader.read(step)
-        assert reader.held_bytes <= loader.readahead_bytes
+        assert reader.held_bytes <= bound
     reader.close()

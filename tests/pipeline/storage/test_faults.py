@@ -275,7 +275,7 @@ def test_an_outage_stops_a_run_at_the_deadline_and_it_can_be_resumed(
     monkeypatch.setattr(storage, "DEADLINE_S", 4)
     dataset = open_dataset(url)
     loader = make_loader(dataset)
-    loader.readahead_bytes = 1 << 19  # read little ahead, so that the outage has an effect
+    loader.lane_bytes = 1 << 16  # read little ahead, so that the outage has an effect
     reached, begin = 0, 0.0
     with pytest.raises(UserError, match=reason) as stopped:  # noqa: PT012
         for batch in loader.steps(0, STEPS):

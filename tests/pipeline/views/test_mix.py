@@ -17,6 +17,7 @@ from pipeline.dataset.verify import verify
 from pipeline.decode.factory import make_decoder
 from pipeline.errors import UserError
 from pipeline.loading.loader import Loader
+from pipeline.loading.order import Schedule
 from pipeline.loading.readahead import Reader, read_samples
 from pipeline.storage.store import open_store
 from pipeline.views.mix import MixResult, make_mix, parse_weight
@@ -81,7 +82,7 @@ def test_each_epoch_reads_the_right_bytes(tmp_path: Path) -> None:
     mixed, _ = mix(sources, tmp_path / "mix", "1.5", "0.5")
     order = make_order(PretrainConfig(global_batch=24, data=DataConfig(lanes=6, block=16)), mixed)
     counts = np.zeros(mixed.samples, np.int64)
-    reader = Reader(mixed, order, 0, 1, 0, 2 * order.steps_per_epoch, 1 << 19)
+    reader = Reader(mixed, order, Schedule.constant(0, 1), 0, 2 * order.steps_per_epoch, 1 << 16)
     for step in range(2 * order.steps_per_epoch):
         samples = reader.read(step)
         assert samples.changed == []  # crc32c of each

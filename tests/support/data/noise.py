@@ -11,7 +11,7 @@ from crc32c import crc32c
 from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.dataset.manifest import INDEX_SCHEMA, SHARDS_SCHEMA, content_digest, index_name, write_dataset
 from pipeline.loading.disk_cache import DiskCache, open_disk_cache
-from pipeline.loading.order import Order
+from pipeline.loading.order import Order, Schedule
 from pipeline.loading.readahead import Reader, Samples
 from pipeline.storage.parquet import to_parquet
 from pipeline.storage.store import open_store
@@ -65,7 +65,8 @@ def make_reader(
     bound: int = 1 << 19,
     kept: DiskCache | None = None,
 ) -> Reader:
-    return Reader(dataset, order, rank, world_size, start, stop, bound, kept)
+    lane_bytes = bound // len(order.lanes_of(rank, world_size))
+    return Reader(dataset, order, Schedule.constant(rank, world_size), start, stop, lane_bytes, kept)
 
 
 def chunks_of(dataset: Dataset) -> int:
