@@ -75,6 +75,7 @@ class Faults:
         self.stack = contextlib.ExitStack()
         self.driver = self.stack.enter_context(running(command))
         self.memory: list[dict[str, int]] = []  # bytes in use after each fault
+        self.dark: list[int] = []  # processes of nodes without power
 
     def do(self, fault: str, recovered: Callable[[], object] | None = None) -> None:
         """Inject one fault, and wait until the next attempt trains, or until `recovered`."""
@@ -83,6 +84,9 @@ class Faults:
         getattr(self, fault)()
         wait_until(lambda: done() or self.driver.poll() is not None)
         assert self.driver.poll() is None, self.driver.communicate()[0]
+        while self.dark:
+            with contextlib.suppress(ProcessLookupError):
+                kill(self.dark.pop())
         self.memory.append({"shm": size(snapshots(self.store)), "driver": resident(self.driver.pid)})
 
     # ---- one worker
@@ -125,7 +129,8 @@ class Faults:
         """No process of the node ends and no connection closes, but nothing answers any more."""
         node = self._gone()
         raylet = node.all_processes["raylet"][0].process.pid
-        for pid in [*workers_of(raylet), raylet]:
+        self.dark = [*workers_of(raylet), raylet]
+        for pid in self.dark:
             os.kill(pid, signal.SIGSTOP)
         self.nodes.append(self.cluster.add_node(num_cpus=1, **SMALL))
 
