@@ -29,9 +29,10 @@ from trainer.config.schema import PretrainConfig
 from trainer.group.group import Group
 from trainer.models.mae import MAE
 from trainer.run.run import Run
-from trainer.run.snapshot import STATE, Snapshots
+from trainer.run.snapshot import STATE, Snapshots, node_number
 from trainer.run.worker import Worker
 from trainer.step.optim import adamw
+from trainer.step.step import wrap_for_training
 from trainer.train.benchmark import resident_batch
 from trainer.train.pretrain import pretrain_step
 
@@ -44,14 +45,16 @@ def measure(config: PretrainConfig, run: Run, worker: Worker, taken: int) -> dic
     model = MAE(config.model).to(worker.device)
     optimizer = adamw(model, config.optim)
     batch = resident_batch(config, worker.device)
-    snapshots = Snapshots(run, worker, config, 0)
+    trained = wrap_for_training(model, config, worker)
+    snapshots = Snapshots(worker, config)
+    snapshots.begin(run, [node_number(worker.node)], 0)
     optimizer.register_step_pre_hook(lambda *_: snapshots.wait_for_copy())
 
     def step(nth: int, hot: bool) -> float:
         begin = time.perf_counter()
-        pretrain_step(model, optimizer, batch, config, worker)
+        pretrain_step(trained, optimizer, batch, config, worker)
         if hot:
-            snapshots.take(nth, model, optimizer, [], 0)
+            snapshots.take(nth, model, optimizer, [])
         if worker.device.type == "cuda":
             torch.cuda.synchronize(worker.device)
         return time.perf_counter() - begin

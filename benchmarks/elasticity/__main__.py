@@ -1,23 +1,28 @@
 """Measure the cost of failing, leaving and joining workers and nodes: `maestream pretrain` and stock Ray Train.
 
-    python -m benchmarks.elasticity [--scenario "raylet SIGKILL"]… [--no-stock]
+    python -m benchmarks.elasticity [--scenario "node killed"]… [--side "in place"]… [--compile-s 30]
 
 Each scenario starts a new Ray cluster on this machine (a head without CPUs and nodes with one CPU each), trains the same
 small MAE in float64 with as many workers as there are CPUs, up to three, and injects a fault after FAULT_STEPS steps.
-"ours" is the command itself, with a checkpoint every COMMIT_STEPS steps. It runs to its end, and its final parameters
-must match those of an uninterrupted run in a single process. "stock" is `benchmarks.elasticity.stock_ray`: a checkpoint
-every 10 steps, and Ray's defaults. It is stopped when it has recovered, and its losses must match as well.
 
-Both sides are measured in the same way: rank 0 appends a row per step to a file, and this process records when.
+- "in place" is the command itself. It runs to its end. Its final parameters must match those of an uninterrupted run in a
+  single process, and each step must have had the samples that the order says.
+- "restart" is the same command, but a change restarts all workers from a snapshot (`benchmarks.elasticity.modified`).
+- "stock" is `benchmarks.elasticity.stock_ray`: a checkpoint every 10 steps, and Ray's defaults.
 
-- gap: seconds without any step, from the last step of a group of workers to the first step of the next; with more than
-  one restart, the sum.
-- redone: steps that had been done before the fault and were done again.
-- lost: seconds from the last step before the fault to the first step that had not been done before: the gap plus the
-  redone steps.
+The last two are stopped when they have recovered, and their losses must match as well. All are measured in the same way:
+rank 0 appends a row per step to a file, and this process records when.
+
+- pause: seconds from the last step of a group of workers to the first step of the next, minus one step; one number for each
+  change. The first is the fault's. Others are of workers or nodes that come back.
+- repeated: steps that had been done before the fault and were done again.
+- kept: workers whose process is the same after the fault.
+
+--compile-s simulates that each worker process compiles the model for so long when it first runs it, with nothing cached.
 
 All nodes on one machine share its /dev/shm, where our snapshots are, so the snapshots of a killed node are deleted.
-Results go to benchmarks/results/<date>-elasticity.md and .json. Ten scenarios take 55 minutes.
+Results go to benchmarks/results/<date>-elasticity.md and .json. All scenarios take about 90 minutes, and the machine must have
+nothing else to do.
 """
 
 import contextlib
@@ -28,7 +33,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -38,9 +43,12 @@ import yaml
 from rich.console import Console
 
 from benchmarks.elasticity import faults
+from benchmarks.elasticity.checks import ledger_is_exact, parameters_apart
 from benchmarks.elasticity.faults import FaultTarget, SideJob, run_id
+from benchmarks.elasticity.partition import Link
 from benchmarks.elasticity.ray_cluster import RayCluster
-from benchmarks.elasticity.report import Limits, Outcome, verdicts, write_report
+from benchmarks.elasticity.report import Outcome, verdicts, write_report
+from benchmarks.elasticity.scenarios import SCENARIOS, SIDES, Scenario
 from benchmarks.elasticity.step_log import Step, cost
 from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.storage.store import open_store
@@ -56,13 +64,10 @@ SAMPLES, BATCH, TOTAL_STEPS = 480, 48, 600
 FAULT_STEPS = 65  # halfway between two checkpoints of stock, and after a checkpoint of ours
 COMMIT_STEPS = 50
 AFTER_STEPS = 20  # a side has recovered after so many new steps
-HEAD = {
-    "ours": {
-        "RAY_health_check_period_ms": "1000",
-        "RAY_health_check_timeout_ms": "1000",
-        "RAY_health_check_failure_threshold": "3",
-    },
-    "stock": {},
+HEAD = {  # settings of Ray's head, as docs/guides/elastic.md recommends
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
 }
 RECIPE = {
     "global_batch": BATCH,
@@ -81,31 +86,6 @@ RECIPE = {
 
 
 @dataclass(frozen=True)
-class Scenario:
-    """A fault, and what our side must achieve."""
-
-    title: str
-    inject: Callable[[FaultTarget], None]
-    limits: Limits
-    nodes: int = 3
-    ends_with: int | None = None  # world size of a recovered run; None: any
-
-
-SCENARIOS = (
-    Scenario("worker SIGKILL", faults.kill_worker, Limits(redone=10, of_stock=1)),
-    Scenario("worker SIGSTOP", faults.stop_worker, Limits(gap_s=30)),
-    Scenario("raylet SIGKILL", faults.kill_raylet, Limits(redone=10, of_stock=1 / 3)),
-    Scenario("raylet SIGKILL, rank 0's", faults.kill_leaders_raylet, Limits(redone=10, of_stock=1 / 3)),
-    Scenario(f"drain, {faults.NOTICE_S} s notice", faults.send_preemption_notice, Limits(redone=0)),
-    Scenario("SIGTERM of ray start --block", faults.terminate_node, Limits(redone=0)),
-    Scenario("node added", faults.add_node, Limits(redone=0), nodes=2, ends_with=3),
-    Scenario("all nodes lost, others come", faults.lose_all_nodes, Limits(redone=COMMIT_STEPS)),
-    Scenario("driver SIGKILL, same command", faults.kill_driver, Limits()),
-    Scenario("job stop, same command", faults.stop_job, Limits(redone=0)),
-)
-
-
-@dataclass(frozen=True)
 class Setup:
     """What all scenarios share."""
 
@@ -114,9 +94,10 @@ class Setup:
     data: str
     reference: Path  # the run of a single process
     losses: list[float]  # of its steps
+    compile_s: float
 
 
-def set_up(folder: Path, console: Console) -> Setup:
+def set_up(folder: Path, compile_s: float, console: Console) -> Setup:
     """Make dataset, recipe and uninterrupted run; those from an earlier call are used again."""
     from pipeline.build.build import build
     from pipeline.build.shard_writer import BuildOptions
@@ -133,7 +114,7 @@ def set_up(folder: Path, console: Console) -> Setup:
     )
     train_alone(recipe, open_dataset(str(data)), reference)
     losses = [row["loss"] for row in read_metrics(open_store(str(reference)))]
-    return Setup(folder, recipe, str(data), reference, losses)
+    return Setup(folder, recipe, str(data), reference, losses, compile_s)
 
 
 def train_alone(recipe: Path, dataset: Dataset, out: Path) -> None:
@@ -144,22 +125,41 @@ def train_alone(recipe: Path, dataset: Dataset, out: Path) -> None:
     pretrain(config, dataset, run, Worker(), Callbacks())
 
 
+def command(side: str, setup: Setup, out: Path) -> list[str]:
+    """The command of one side."""
+    compile_s, python = str(setup.compile_s), [sys.executable, "-m"]
+    if side == "stock":
+        return [
+            *python,
+            "benchmarks.elasticity.stock_ray",
+            str(setup.recipe),
+            setup.data,
+            str(out),
+            compile_s,
+        ]
+    pretrain = ["pretrain", "--config", str(setup.recipe), "--data", setup.data, "--out", str(out), "--ledger",
+                "workers={min: 1, max: 3}"]  # fmt: skip
+    if side == "in place" and not setup.compile_s:
+        return [str(Path(sys.executable).with_name("maestream")), *pretrain]
+    restart = ["--restart"] if side == "restart" else []
+    return [*python, "benchmarks.elasticity.modified", *restart, "--compile-s", compile_s, *pretrain]
+
+
 @contextlib.contextmanager
 def started(side: str, scenario: Scenario, setup: Setup) -> Iterator[FaultTarget]:
     """A cluster with the command of one side running on it."""
-    out = setup.folder / f"{side}-{scenario.inject.__name__}"
+    out = setup.folder / f"{side.replace(' ', '-')}-{scenario.inject.__name__}"
     logs = out.with_suffix(".logs")
     for old in (out, logs):
         shutil.rmtree(old, ignore_errors=True)
-    words = {
-        "ours": [str(Path(sys.executable).with_name("maestream")), "pretrain", "--config", str(setup.recipe),
-                 "--data", setup.data, "--out", str(out), "workers={min: 1, max: 3}"],
-        "stock": [sys.executable, "-m", "benchmarks.elasticity.stock_ray", str(setup.recipe), setup.data, str(out)],
-    }  # fmt: skip
     out.mkdir(parents=True)
-    with RayCluster(logs, HEAD[side]) as cluster:
-        cluster.add(scenario.nodes)
-        job = SideJob(side, words[side], out, logs / "job.log", cluster.environment())
+    with contextlib.ExitStack() as stack:
+        link = stack.enter_context(Link()) if scenario.beyond_link else None
+        cluster = stack.enter_context(RayCluster(logs, {} if side == "stock" else HEAD, link))
+        cluster.add(scenario.nodes - scenario.beyond_link)
+        if scenario.beyond_link:
+            cluster.add_beyond_link()
+        job = SideJob(side, command(side, setup, out), out, logs / "job.log", cluster.environment())
         try:
             yield FaultTarget(cluster, job)
         finally:
@@ -170,10 +170,10 @@ def started(side: str, scenario: Scenario, setup: Setup) -> Iterator[FaultTarget
 def run_side(side: str, scenario: Scenario, setup: Setup) -> Outcome:
     """Run one side of a scenario."""
     with started(side, scenario, setup) as target:
-        job, fault_at, apart, failure = target.job, math.inf, None, ""
+        job, fault_at, kept, apart, exact, failure = target.job, math.inf, 0, None, None, ""
         try:
             job.wait_for_steps(lambda steps: len(steps) >= FAULT_STEPS, f"{FAULT_STEPS} steps")
-            last, fault_at = job.watch.steps[-1], time.monotonic()
+            workers, last, fault_at = target.workers(), job.watch.steps[-1], time.monotonic()
             scenario.inject(target)
             done_at = time.monotonic()
 
@@ -184,26 +184,19 @@ def run_side(side: str, scenario: Scenario, setup: Setup) -> Outcome:
                 return len([s for s in new if scenario.ends_with in (None, s.world_size)]) >= AFTER_STEPS
 
             job.wait_for_steps(recovered, "recovery")
-            if side == "ours":
+            kept = len(workers & target.workers())
+            if side == "in place":
                 if job.process.wait(faults.PATIENCE_S + TOTAL_STEPS):
                     job.check_alive()
                 apart = parameters_apart(job.out, setup.reference)
+                exact = ledger_is_exact(job.out, setup.recipe, setup.data, TOTAL_STEPS)
             else:
                 apart = max(abs(s.loss - setup.losses[s.step]) for s in job.watch.steps)
         except (TimeoutError, RuntimeError, StopIteration, subprocess.SubprocessError) as error:
             failure = f"{type(error).__name__}: {error}"
         others = round(statistics.mean(job.watch.others or [0]), 1)
-        found = None if fault_at == math.inf else cost(job.watch.steps, fault_at)
-        return Outcome(found, apart, failure, others)
-
-
-def parameters_apart(out: Path, reference: Path) -> float:
-    """The largest difference between the final parameters of two runs."""
-    from safetensors.torch import load_file
-
-    name = f"checkpoints/step-{TOTAL_STEPS:08d}/model.safetensors"
-    ours, theirs = load_file(out / name), load_file(reference / name)
-    return max(float((ours[key] - theirs[key]).abs().max()) for key in theirs)
+        found = None if fault_at == math.inf else cost(list(job.watch.steps), fault_at)
+        return Outcome(found, kept, apart, exact, failure, others)
 
 
 @click.command(help=(__doc__ or "").split("\n")[0])
@@ -212,29 +205,37 @@ def parameters_apart(out: Path, reference: Path) -> float:
     "titles",
     multiple=True,
     metavar="TEXT",
-    help="Only scenarios whose title contains TEXT. Repeatable.",
+    help="Only scenarios whose title begins with TEXT. Repeatable.",
 )
-@click.option("--stock/--no-stock", default=True, help="Also run stock Ray Train.")
+@click.option(
+    "--side",
+    "sides",
+    multiple=True,
+    type=click.Choice(SIDES),
+    help="Only this side. Repeatable.  [default: all]",
+)
+@click.option("--compile-s", default=0.0, help="Simulate a compilation of so many seconds.")
 @click.option(
     "--folder", default="runs/bench-elasticity", help="Folder for data and runs.", show_default=True
 )
-def main(titles: tuple[str, ...], stock: bool, folder: str) -> None:
+def main(titles: tuple[str, ...], sides: tuple[str, ...], compile_s: float, folder: str) -> None:
     console = Console()
     signal.signal(
         signal.SIGTERM, lambda *_: sys.exit(143)
     )  # so that the clean-up runs and leaves no process behind
-    setup = set_up(Path(folder).resolve(), console)
-    chosen = [s for s in SCENARIOS if not titles or any(words in s.title for words in titles)]
+    setup = set_up(Path(folder).resolve(), compile_s, console)
+    chosen = [s for s in SCENARIOS if not titles or s.title.startswith(titles)]
     result = {}
     for scenario in chosen:
         outcomes = {}
-        for side in ("ours", "stock") if stock else ("ours",):
+        for side in (side for side in scenario.sides if side in (sides or SIDES)):
             begin = time.monotonic()
             outcomes[side] = run_side(side, scenario, setup)
             console.print(f"{scenario.title}, {side}: {outcomes[side]} ({time.monotonic() - begin:.0f} s)")
-        judged = verdicts(scenario.limits, outcomes["ours"], outcomes.get("stock"))
-        result[scenario.title] = {**{k: asdict(v) for k, v in outcomes.items()}, "bars": judged}
-    write_report(result, None if titles else EXPLAINED, console)
+        judged = verdicts(scenario.limits, outcomes["in place"]) if "in place" in outcomes else {}
+        result[scenario.title] = {**{k: asdict(v) for k, v in outcomes.items()}, "requirements": judged}
+    name = f"elasticity-compile-{compile_s:g}" if compile_s else "elasticity"
+    write_report(name, result, None if titles or sides else EXPLAINED, console)
 
 
 if __name__ == "__main__":

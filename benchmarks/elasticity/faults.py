@@ -9,23 +9,37 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.elasticity.ray_cluster import ROOT, Node, RayCluster, descendants, has_open, kill, wait_until
+from benchmarks.elasticity.ray_cluster import (
+    ROOT,
+    Node,
+    RayCluster,
+    descendants,
+    has_open,
+    is_alive,
+    kill,
+    wait_until,
+)
 from benchmarks.elasticity.step_log import Step, StepWatcher
 from benchmarks.elasticity.stock_ray import STEPS
 from trainer.run.metrics import METRICS
 
-ROWS = {"ours": METRICS, "stock": STEPS}  # in a side's folder: the file with a row per step
+ROWS = {
+    "in place": METRICS,
+    "restart": METRICS,
+    "stock": STEPS,
+}  # in a side's folder: the file with a row per step
 PATIENCE_S = 240.0  # a side that makes no progress for so long has failed
+CUT_S = 15.0
 NOTICE_S = 30  # as on GCP and Azure, and of `ray start` on SIGTERM
 # RAY_JOB_STOP_WAIT_TIME_S: as docs/guides/elastic.md recommends, and Ray's default
-STOP_S = {"ours": 60.0, "stock": 3.0}
+STOP_S = {"in place": 60.0, "restart": 60.0, "stock": 3.0}
 
 
 class SideJob:
     """The command of one side, which can be stopped and started again.
 
     Args:
-        side: "ours" or "stock".
+        side: see `benchmarks.elasticity`.
         out: its folder, empty at the start.
         log: file for its output.
     """
@@ -67,10 +81,13 @@ class FaultTarget:
     cluster: RayCluster
     job: SideJob
 
+    def workers(self) -> set[int]:
+        """Pids of all workers."""
+        return {pid for node in self.cluster.nodes for pid in node.train_workers()}
+
     def leader(self) -> int:
         """Pid of rank 0, the only one that writes to the folder."""
-        workers = [pid for node in self.cluster.nodes for pid in node.train_workers()]
-        return next(pid for pid in workers if has_open(pid, self.job.out))
+        return next(pid for pid in self.workers() if has_open(pid, self.job.out))
 
     def node(self, of_leader: bool) -> Node:
         """The node of rank 0, or another one."""
@@ -93,7 +110,7 @@ class FaultTarget:
 
 
 def run_id(out: Path) -> str:
-    """The run id of our side; "none" for stock."""
+    """The run id of a run of maestream; "none" for stock."""
     path = out / "run.json"
     return str(json.loads(path.read_text())["run_id"]) if path.exists() else "none"
 
@@ -102,19 +119,42 @@ def kill_worker(target: FaultTarget) -> None:
     kill(target.follower())
 
 
+def kill_first_worker(target: FaultTarget) -> None:
+    kill(target.leader())
+
+
 def stop_worker(target: FaultTarget) -> None:
     kill(target.follower(), sig=signal.SIGSTOP)
 
 
-def kill_raylet(target: FaultTarget) -> None:
+def kill_node(target: FaultTarget) -> None:
     target.kill_node(target.node(of_leader=False))
 
 
-def kill_leaders_raylet(target: FaultTarget) -> None:
+def kill_first_node(target: FaultTarget) -> None:
     target.kill_node(target.node(of_leader=True))
 
 
-def send_preemption_notice(target: FaultTarget) -> None:
+def cut_power(target: FaultTarget) -> None:
+    """Nothing on a node runs any more, and no connection closes."""
+    node = target.node(of_leader=False)
+    target.cluster.freeze(node)
+    target.delete_snapshots(node)
+
+
+def cut_network(target: FaultTarget) -> None:
+    """The last node cannot reach the others for CUT_S, although all processes run. It sees the run's folder all the time."""
+    link, node = target.cluster.link, target.cluster.nodes.pop()
+    assert link
+    workers = node.train_workers()
+    link.cut()
+    time.sleep(CUT_S)
+    link.mend()
+    wait_until(lambda: not any(map(is_alive, workers)), PATIENCE_S, "end of the worker that was cut off")
+    target.delete_snapshots(node)
+
+
+def send_notice(target: FaultTarget) -> None:
     """A preemption notice as in a cloud: the node is lost when the time is over, whether or not the run has left it."""
     node, begin = target.node(of_leader=True), time.monotonic()
     target.cluster.notice(node, NOTICE_S)
@@ -134,9 +174,7 @@ def add_node(target: FaultTarget) -> None:
 
 def lose_all_nodes(target: FaultTarget) -> None:
     gone = list(target.cluster.nodes)
-    kill(*(node.raylet for node in gone))
-    for node in gone:
-        target.cluster.kill(node)
+    target.cluster.kill(*gone)
     target.delete_snapshots(*gone)
     target.cluster.add(len(gone))
 

@@ -14,11 +14,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+from benchmarks.elasticity.partition import HERE, THERE, Link
 
 ROOT = Path(__file__).parents[2]
 PR_SET_CHILD_SUBREAPER = 36
@@ -106,13 +108,15 @@ class RayCluster:
     Args:
         logs: folder for the output of `ray start`.
         head_settings: environment variables for the head only.
+        link: for nodes in its network namespace; None: there are none.
     """
 
-    def __init__(self, logs: Path, head_settings: dict[str, str]) -> None:
-        self.logs, self.head_settings = logs, head_settings
+    def __init__(self, logs: Path, head_settings: dict[str, str], link: Link | None = None) -> None:
+        self.logs, self.head_settings, self.link = logs, head_settings, link
+        self.host = HERE if link else "127.0.0.1"
         self.nodes: list[Node] = []  # running ones
         self.started = 0
-        with socket.create_server(("127.0.0.1", 0)) as free:
+        with socket.create_server((self.host, 0)) as free:
             self.port = free.getsockname()[1]
 
     def __enter__(self) -> "RayCluster":
@@ -143,7 +147,7 @@ class RayCluster:
 
     @property
     def address(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return f"{self.host}:{self.port}"
 
     def environment(self) -> dict[str, str]:
         """The environment variables of every process of the cluster and of every driver."""
@@ -156,13 +160,20 @@ class RayCluster:
         for _ in range(count):
             self.nodes.append(self._start([f"--address={self.address}", "--num-cpus=1"]))
 
-    def _start(self, settings: list[str], more: dict[str, str] | None = None) -> Node:
+    def add_beyond_link(self) -> None:
+        """Start a node in the link's network namespace."""
+        self.nodes.append(self._start([f"--address={self.address}", "--num-cpus=1"], beyond=True))
+
+    def _start(self, settings: list[str], more: dict[str, str] | None = None, beyond: bool = False) -> Node:
         environment = self.environment() | (more or {})
         del environment["RAY_ADDRESS"]
         log = self.logs / f"node-{self.started}.log"
         self.started += 1
         own = ["--block", "--min-worker-port=0", "--max-worker-port=0"]
         command = [str(RAY), "start", *settings, *own, f"--object-store-memory={OBJECT_STORE_BYTES}"]
+        if self.link:
+            command.append(f"--node-ip-address={THERE if beyond else HERE}")
+            command = self.link.command(command) if beyond else command
         with log.open("wb") as file:
             starter = subprocess.Popen(
                 command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=environment,
@@ -182,15 +193,21 @@ class RayCluster:
                 return Node(starter, pid, ids[0])
         raise RuntimeError(f"{log}: `ray start` has started no raylet")
 
-    def kill(self, node: Node) -> None:
-        """Kill a node's raylet, and wait until its workers and `ray start` have ended too."""
-        self.nodes.remove(node)
-        below = descendants(node.starter.pid)
-        kill(node.raylet)
-        with contextlib.suppress(TimeoutError):
-            wait_until(lambda: not any(map(is_alive, below)), 5, "end of a node")
-        kill(*filter(is_alive, below), node.starter.pid)  # as if the machine were lost
-        node.starter.wait()
+    def kill(self, *nodes: Node) -> None:
+        """Kill all processes of nodes at once, as if the machines were lost, but their connections close."""
+        self._signal(signal.SIGKILL, nodes)
+        for node in nodes:
+            node.starter.wait()
+
+    def freeze(self, node: Node) -> None:
+        """Stop all processes of a node, as if its power were cut: its connections do not close."""
+        self._signal(signal.SIGSTOP, [node])
+
+    def _signal(self, sig: signal.Signals, nodes: Sequence[Node]) -> None:
+        for node in nodes:
+            self.nodes.remove(node)
+        processes = [pid for node in nodes for pid in (*descendants(node.starter.pid), node.starter.pid)]
+        kill(*processes, sig=sig)
 
     def notice(self, node: Node, seconds: int) -> None:
         """Tell Ray that a node will be preempted after so many seconds, as a watcher of the cloud's notices does."""

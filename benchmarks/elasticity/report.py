@@ -1,7 +1,6 @@
 """The report of `benchmarks.elasticity`: on the terminal and in benchmarks/results/."""
 
 import datetime
-import math
 import os
 import re
 import shlex
@@ -17,21 +16,28 @@ from benchmarks.output import save_result
 from pipeline.loading.benchmark import cpu_model
 
 MAX_DIFFERENCE = 1e-9  # of parameters, in float64
+JOIN_S = 0.5  # longest pause for a worker that comes back
 COLUMNS = (
-    "fault", "side", "world sizes", "gap, s", "steps redone", "lost, s", "steps/s before", "difference", "requirements"
-)  # fmt: skip
+    "fault",
+    "side",
+    "workers",
+    "pause, s",
+    "repeated",
+    "kept",
+    "step, s",
+    "difference",
+    "requirements",
+)
 
 
 @dataclass(frozen=True)
 class Cost:
     """The cost of a fault, see `benchmarks.elasticity`."""
 
-    world_sizes: list[int]  # before, and of each group of workers after
-    restarts: int
-    gap_s: float
-    redone: int
-    lost_s: float
-    steps_per_s: float  # before the fault
+    workers: list[int]  # before the fault, and after each change
+    pauses_s: list[float]  # of each change
+    repeated: int  # steps
+    step_s: float  # seconds of a step before the fault, the median
 
 
 @dataclass(frozen=True)
@@ -39,9 +45,10 @@ class Outcome:
     """What came of one side of a scenario."""
 
     cost: Cost | None  # None if it failed before the fault
-    apart: float | None = (
-        None  # largest difference to the uninterrupted run: ours of the final parameters, stock of the losses
-    )
+    kept: int  # workers whose process is the same after the fault
+    # Largest difference to the uninterrupted run: in place of the final parameters, others of the losses.
+    apart: float | None = None
+    exact: bool | None = None  # whether each step had its samples; in place only
     failure: str = ""  # why it did not recover or finish
     others: float = 0.0  # mean number of other processes that ran or waited for a core
 
@@ -49,63 +56,70 @@ class Outcome:
         if self.failure:
             return f"FAILED, {self.failure}"
         assert self.cost is not None
-        sizes = "→".join(map(str, self.cost.world_sizes))
-        return f"{sizes}, gap {self.cost.gap_s} s, {self.cost.redone} redone, difference {self.apart:.0e}"
+        sizes, pauses = "→".join(map(str, self.cost.workers)), " + ".join(map(str, self.cost.pauses_s))
+        return f"{sizes}, pause {pauses} s, {self.cost.repeated} repeated, {self.kept} kept, difference {self.apart:.0e}"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Requirements for our side; None: no requirement."""
+    """Requirements for changes in place; None: no requirement."""
 
-    redone: int | None = None  # steps, at most
-    gap_s: float | None = None  # seconds, at most
-    of_stock: float | None = None  # gap, at most this share of stock's
+    pause_s: float | None = None  # seconds, at most
+    repeated: int | None = None  # steps, at most
+    survivors: int | None = None  # workers whose process is the same
 
 
-def verdicts(limits: Limits, ours: Outcome, stock: Outcome | None) -> dict[str, bool]:
-    """Each requirement as text, and whether it is met. If stock does not recover, its gap is infinite."""
-    if ours.failure or ours.cost is None:
+def verdicts(limits: Limits, found: Outcome) -> dict[str, bool]:
+    """Each requirement as text, and whether it is met."""
+    if found.failure or found.cost is None:
         return {"recovers and finishes": False}
-    assert ours.apart is not None
-    found = {f"parameters within {MAX_DIFFERENCE:g}": ours.apart <= MAX_DIFFERENCE}
-    if limits.redone is not None:
-        found[f"redone ≤ {limits.redone}"] = ours.cost.redone <= limits.redone
-    if limits.gap_s is not None:
-        found[f"gap ≤ {limits.gap_s:g} s"] = ours.cost.gap_s <= limits.gap_s
-    if limits.of_stock is not None and stock is not None and stock.cost is not None:
-        gap_s = math.inf if stock.failure else stock.cost.gap_s
-        found[f"gap ≤ {limits.of_stock:.2g} × stock's"] = ours.cost.gap_s <= limits.of_stock * gap_s
-    return found
+    assert found.apart is not None
+    first, *others = found.cost.pauses_s
+    judged = {
+        f"parameters within {MAX_DIFFERENCE:g}": found.apart <= MAX_DIFFERENCE,
+        "ledger exact": bool(found.exact),
+    }
+    if limits.pause_s is not None:
+        judged[f"pause ≤ {limits.pause_s:g} s"] = first <= limits.pause_s
+        if others:
+            judged[f"return ≤ {JOIN_S:g} s"] = max(others) <= JOIN_S
+    if limits.repeated is not None:
+        judged[f"repeated ≤ {limits.repeated}"] = found.cost.repeated <= limits.repeated
+    if limits.survivors is not None:
+        judged[f"{limits.survivors} kept"] = found.kept == limits.survivors
+    return judged
 
 
 def rows(result: dict[str, Any]) -> list[list[str]]:
-    """The table, with COLUMNS: two rows per fault, or one without stock."""
+    """The table, with COLUMNS: a row for each fault and side."""
     table = []
     for title, found in result.items():
-        for side in (side for side in ("ours", "stock") if side in found):
+        for nth, side in enumerate(key for key in found if key != "requirements"):
             cost, apart, failure = (found[side][key] for key in ("cost", "apart", "failure"))
-            requirements = [("" if met else "NOT MET: ") + text for text, met in found["bars"].items()]
-            numbers = ["–"] * 4
+            requirements = [
+                ("" if met else "NOT MET: ") + text for text, met in found["requirements"].items()
+            ]
+            numbers = ["–"] * 5
             if cost:
-                numbers = ["→".join(map(str, cost["world_sizes"])), f"{cost['gap_s']:.1f}",
-                           str(cost["redone"]), f"{cost['lost_s']:.1f}"]  # fmt: skip
+                pauses = " + ".join(f"{pause:.3f}" for pause in cost["pauses_s"])
+                numbers = ["→".join(map(str, cost["workers"])), pauses, str(cost["repeated"]),
+                           str(found[side]["kept"]), f"{cost['step_s']:.3f}"]  # fmt: skip
                 if never := re.search(r"not in \d+ s", failure):
-                    numbers[1:] = [never[0], "–", "–"]
+                    numbers[1:4] = [never[0], "–", "–"]
             table.append(
                 [
-                    title if side == "ours" else "",
+                    "" if nth else title,
                     side,
                     *numbers,
-                    f"{cost['steps_per_s']:.1f}" if cost else "–",
                     f"{apart:.0e}" if apart is not None else "–",
-                    "; ".join(requirements) if side == "ours" else "",
+                    "; ".join(requirements) if side == "in place" else "",
                 ]
             )
     return table
 
 
-def write_report(result: dict[str, Any], explained: str | None, console: Console) -> None:
-    """Print the table and write the result files.
+def write_report(name: str, result: dict[str, Any], explained: str | None, console: Console) -> None:
+    """Print the table and write the result files, <date>-<name>.
 
     Args:
         explained: what the columns mean, for the Markdown file; None: write no files.
@@ -115,12 +129,12 @@ def write_report(result: dict[str, Any], explained: str | None, console: Console
     for row in table:
         shown.add_row(*row)
     console.print(shown)
-    met = [met for found in result.values() for met in found["bars"].values()]
-    others = [found[side]["others"] for found in result.values() for side in found.keys() - {"bars"}]
+    met = [met for found in result.values() for met in found["requirements"].values()]
+    others = [found[side]["others"] for found in result.values() for side in found.keys() - {"requirements"}]
     failed = [
         f"{title}, {side}: {found[side]['failure']}"
         for title, found in result.items()
-        for side in found.keys() - {"bars"}
+        for side in found.keys() - {"requirements"}
         if found[side]["failure"]
     ]
     lines = [
@@ -148,6 +162,6 @@ def write_report(result: dict[str, Any], explained: str | None, console: Console
         "",
         explained,
     ]
-    name = f"{now:%Y-%m-%d}-elasticity"
+    name = f"{now:%Y-%m-%d}-{name}"
     found = {"date": now.isoformat(timespec="minutes"), **machine, "command": command, "scenarios": result}
     console.print(save_result(name, found, "\n".join(text) + "\n"))

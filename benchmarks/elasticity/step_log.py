@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import statistics
 import threading
 import time
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from pathlib import Path
 
 from benchmarks.elasticity.ray_cluster import other_running_processes
 from benchmarks.elasticity.report import Cost
+
+POLL_S = 0.004  # between two looks at the file
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,11 @@ class StepWatcher:
     def _read(self) -> None:
         seen: set[tuple[int, int]] = set()
         while not self.path.exists():
-            if self.ending.wait(0.02):
+            if self.ending.wait(POLL_S):
                 return
         with self.path.open() as file:
             part = ""
-            while not self.ending.wait(0.02):
+            while not self.ending.wait(POLL_S):
                 *lines, part = (part + file.read()).split("\n")
                 at = time.monotonic()
                 for line in lines:
@@ -68,18 +71,16 @@ class StepWatcher:
 
 def cost(steps: list[Step], fault_at: float) -> Cost:
     """The cost of a fault at `fault_at` (time.monotonic())."""
-    before_fault = [step for step in steps if step.at <= fault_at]
-    sizes, gap_s, lost_s, redone = [before_fault[-1].world_size], 0.0, 0.0, 0
-    furthest, lost_since = before_fault[-1].step, None
-    for before, now in pairwise(steps[len(before_fault) - 1 :]):
-        if now.attempt != before.attempt:
-            gap_s += now.at - before.at
-            sizes.append(now.world_size)
-            lost_since = before.at if lost_since is None else lost_since
-        if now.step <= furthest:
-            redone += 1
-        elif lost_since is not None:
-            lost_s, lost_since = lost_s + now.at - lost_since, None
-        furthest = max(furthest, now.step)
-    rate = (len(before_fault) - 1) / (before_fault[-1].at - before_fault[0].at)
-    return Cost(sizes, len(sizes) - 1, round(gap_s, 1), redone, round(lost_s, 1), round(rate, 1))
+    before = sum(step.at <= fault_at for step in steps)
+    took = [0.0, *(now.at - last.at for last, now in pairwise(steps))]  # from the row before
+    step_s = statistics.median(took[1:before])
+    sizes, pauses, redone = [steps[before - 1].world_size], [], 0
+    furthest = steps[before - 1].step
+    for i in range(before, len(steps)):
+        redone += steps[i].step <= furthest
+        furthest = max(furthest, steps[i].step)
+        if steps[i].attempt != steps[i - 1].attempt:
+            sizes.append(steps[i].world_size)
+            # If rank 0 was lost, its successor may have written the row of the last step before.
+            pauses.append(round(took[i - 1] + took[i] - 2 * step_s, 3))
+    return Cost(sizes, pauses, redone, round(step_s, 3))

@@ -1,13 +1,13 @@
 """Pre-training with stock Ray Train, for comparison in benchmarks.elasticity.
 
-    python -m benchmarks.elasticity.stock_ray CONFIG DATA OUT
+    python -m benchmarks.elasticity.stock_ray CONFIG DATA OUT COMPILE_S
 
 Written as in Ray's documentation: rank 0 saves model, optimizer and step in a checkpoint every EVERY_STEPS steps and
 reports it with `ray.train.report`; a restart continues from it. One to three workers, any number of failures, and Ray's
 defaults for everything else. Model, batches, optimizer step and learning rate are maestream's, so that a step costs the
 same.
 
-OUT/steps.jsonl gets a row per step; OUT/ray/ is Ray's folder.
+OUT/steps.jsonl gets a row per step; OUT/ray/ is Ray's folder. COMPILE_S: see `benchmarks.elasticity.compiling`.
 """
 
 import json
@@ -21,20 +21,23 @@ from typing import Any
 import ray.train
 import ray.train.torch
 import torch
+import torch.distributed as dist
 from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
+from benchmarks.elasticity.compiling import compile_first
 from pipeline.cpus import available_cores
 from pipeline.dataset.dataset import open_dataset
 from pipeline.decode.factory import make_decoder
 from pipeline.loading.loader import Loader
 from trainer.config.recipe import load_config
 from trainer.config.schema import PretrainConfig
+from trainer.group.group import Group
 from trainer.models.mae import MAE
 from trainer.run.run import fix_order, make_order
 from trainer.run.worker import Worker
 from trainer.step.optim import adamw, learning_rate
-from trainer.train.pending import PendingStep, read_losses
+from trainer.step.step import wrap_for_training
 from trainer.train.pretrain import pretrain_step
 
 EVERY_STEPS = 10
@@ -47,7 +50,7 @@ def train_loop(job: dict[str, Any]) -> None:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(max(1, available_cores() // context.get_local_world_size()))
     config, dataset = PretrainConfig.model_validate(job["config"]), open_dataset(job["data"])
-    attempt, worker = time.time_ns(), Worker(rank, world_size, device=device)
+    attempt, worker = time.time_ns(), Worker(Group(device, fixed=dist.group.WORLD))
 
     torch.manual_seed(config.seed)
     dtype = torch.float64 if config.precision == "float64" else torch.float32
@@ -60,7 +63,7 @@ def train_loop(job: dict[str, Any]) -> None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
-    trained = ray.train.torch.prepare_model(model)
+    trained = compile_first(wrap_for_training(model, config, worker), job["compile_s"])
 
     order = make_order(config, dataset)
     total = round(config.epochs * order.steps_per_epoch)
@@ -72,9 +75,8 @@ def train_loop(job: dict[str, Any]) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             sums = pretrain_step(trained, optimizer, batch, config, worker)
-            pending = [PendingStep(batch.step, batch.epoch, lr, batch.wait_s, batch.sample_ids, sums)]
-            losses = read_losses(pending, config.global_batch, worker).loss
-            row = {"attempt": attempt, "step": batch.step, "world_size": world_size, "loss": losses[0]}
+            loss = float(sums[0]) / config.global_batch
+            row = {"attempt": attempt, "step": batch.step, "world_size": world_size, "loss": loss}
             print(json.dumps(row), file=rows, flush=True)
             done = batch.step + 1
             if done % EVERY_STEPS == 0 or done == total:
@@ -84,17 +86,22 @@ def train_loop(job: dict[str, Any]) -> None:
                         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                         torch.save(state | {"step": done}, Path(folder, "state.pt"))
                         checkpoint = Checkpoint.from_directory(folder)
-                    ray.train.report({"loss": losses[0]}, checkpoint=checkpoint)
+                    ray.train.report({"loss": loss}, checkpoint=checkpoint)
     loader.close()
 
 
 def main() -> None:
-    recipe, data, out = sys.argv[1:]
+    recipe, data, out, compile_s = sys.argv[1:]
     config = fix_order(load_config(PretrainConfig, recipe), open_dataset(data))
     out = str(Path(out).resolve())
     trainer = TorchTrainer(
         train_loop,
-        train_loop_config={"config": config.model_dump(), "data": str(Path(data).resolve()), "out": out},
+        train_loop_config={
+            "config": config.model_dump(),
+            "data": str(Path(data).resolve()),
+            "out": out,
+            "compile_s": float(compile_s),
+        },
         scaling_config=ScalingConfig(num_workers=(1, 3)),
         run_config=RunConfig(
             name="stock", storage_path=f"{out}/ray", failure_config=FailureConfig(max_failures=-1)
