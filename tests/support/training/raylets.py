@@ -7,7 +7,6 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +76,18 @@ class Faults:
         self.memory: list[dict[str, int]] = []  # bytes in use after each fault
         self.dark: list[int] = []  # processes of nodes without power
 
-    def do(self, fault: str, recovered: Callable[[], object] | None = None) -> None:
-        """Inject one fault, and wait until the next attempt trains, or until `recovered`."""
+    def do(self, fault: str, steps: int | None = None) -> None:
+        """Inject one fault, and wait until the next attempt trains, or until so many more steps are done."""
         before = len(attempts(self.store))
-        done = recovered or (lambda: len(attempts(self.store)) > before)
         getattr(self, fault)()
-        wait_until(lambda: done() or self.driver.poll() is not None)
+        done = len(read_metrics(self.store))
+
+        def recovered() -> bool:
+            if steps is None:
+                return len(attempts(self.store)) > before
+            return len(read_metrics(self.store)) >= done + steps
+
+        wait_until(lambda: recovered() or self.driver.poll() is not None)
         assert self.driver.poll() is None, self.driver.communicate()[0]
         while self.dark:
             with contextlib.suppress(ProcessLookupError):
