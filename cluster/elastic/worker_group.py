@@ -22,10 +22,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
+from ray.train.v2._internal.execution.context import DistributedContext
 from ray.train.v2._internal.execution.worker_group import Worker, WorkerGroup, WorkerGroupPollStatus
 from ray.train.v2._internal.execution.worker_group.execution_group import ReplicaGroup
 from ray.train.v2._internal.execution.worker_group.poll import WorkerStatus
+from ray.train.v2._internal.util import bundle_to_remote_args
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.elastic.failures import describe, find_user_error, record_failure, workers_stopped
 from cluster.elastic.worker_process import ask, give_up, report_lost, responds
@@ -35,6 +38,7 @@ from trainer.group.roster import Status
 SHUTDOWN_TIMEOUT_S = 1.0  # a worker that does not respond within it is killed
 ROSTER_TIMEOUT_S = 2.0  # the roster is on the controller's node
 PLACE_TIMEOUT_S = 5.0  # for Ray to reserve a place that seems to be free
+START_S = 60.0  # for a new worker's process to start, before it is killed
 RETRY_S = 5.0  # before the next try, if a worker could not be started
 log = logging.getLogger("maestream")
 
@@ -251,24 +255,34 @@ class ElasticWorkerGroup(WorkerGroup):
         return None
 
     def _start_worker(self, place: Place) -> Worker:
-        """Start a worker, and its training function."""
+        """Start a worker, and its training function. One that has not started within START_S is killed; then this raises."""
         resources, workers = self._worker_group_context.resources_per_worker, self.get_workers()
-        (worker,) = self._create_workers(
-            1, place.group, resources, [place.index], len(workers), len(workers) + 1, 1
+        environment = self._get_worker_runtime_env(self._train_run_context.run_config.worker_runtime_env)
+        actor_class = ray.remote(runtime_env=environment, **bundle_to_remote_args(resources))(
+            self._worker_cls
         )
+        strategy = PlacementGroupSchedulingStrategy(place.group, place.index)
+        actor = actor_class.options(scheduling_strategy=strategy).remote()
+        # Ray's calls below wait for the worker without a limit: it may hang, or its place may be taken away.
+        limit = threading.Timer(START_S, ray.kill, [actor])
+        limit.daemon = True
+        limit.start()
         try:
-            local = sum(other.metadata.node_ip == worker.metadata.node_ip for other in workers)
-            context = replace(worker.distributed_context, local_rank=local, local_world_size=local + 1)
-            worker = replace(worker, distributed_context=context)
+            metadata = ray.get(actor.get_metadata.remote())
+            local = sum(other.metadata.node_ip == metadata.node_ip for other in workers)
+            context = DistributedContext(len(workers), len(workers) + 1, local, local + 1, node_rank=0)
+            worker = Worker(actor, metadata, resources, context, placement_group_bundle_index=place.index)
             super()._init_train_context([worker], self._worker_group_state.sync_actor)
             ReplicaGroup([worker], resources, self._replica_group_callbacks).start_training(
                 self._worker_group_context
             )
         except Exception:
-            ray.kill(worker.actor)
+            ray.kill(actor)
             raise
+        finally:
+            limit.cancel()
         with self.lock:
-            self.places[name_of(worker)] = replace(place, node=worker.metadata.node_id)
+            self.places[name_of(worker)] = replace(place, node=metadata.node_id)
         return worker
 
     def _report_not_joined(self, status: WorkerStatus) -> None:

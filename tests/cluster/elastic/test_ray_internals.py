@@ -70,16 +70,19 @@ def test_ray_internals_are_unchanged() -> None:
     )  # by the position of the worker in get_workers()
     assert "self._worker_group_state.workers" in inspect.getsource(group.get_workers)
     assert arguments(group._init_train_context) == ["workers", "sync_actor"]
-    assert arguments(group._create_workers) == [
-        *("num_workers", "placement_group", "resources_per_worker", "placement_group_bundle_indices"),
-        *("starting_world_rank", "world_size", "replica_group_size"),
-    ]
+    created = inspect.getsource(group._create_workers)  # what is done here for a single worker
+    assert "self._train_run_context.run_config.worker_runtime_env" in created
+    assert "actor.get_metadata.remote()" in created
+    assert "**bundle_to_remote_args(resources_per_worker)" in created
+    assert list(inspect.signature(group._get_worker_runtime_env).parameters) == ["custom_runtime_env"]
     assert arguments(execution_group.ReplicaGroup) == ["workers", "resources_per_worker", "callbacks"]
     assert arguments(execution_group.ReplicaGroup.start_training) == ["worker_group_context"]
     assert {"actor", "metadata", "distributed_context", "placement_group_bundle_index"} <= {
         field.name for field in fields(worker.Worker)
     }
-    assert {"local_rank", "local_world_size"} <= {field.name for field in fields(DistributedContext)}
+    assert [field.name for field in fields(DistributedContext)] == [
+        *("world_rank", "world_size", "local_rank", "local_world_size", "node_rank")
+    ]
     assert {"running", "error"} <= {field.name for field in fields(poll.WorkerStatus)}
     assert next(iter(fields(poll.WorkerGroupPollStatus))).name == "worker_statuses"
     # the controller asks for the status in its loop, and ends the run when all workers have ended without an error
