@@ -149,7 +149,7 @@ def cut_network(target: FaultTarget) -> None:
     workers = node.train_workers()
     link.cut()
     time.sleep(CUT_S)
-    link.mend()
+    link.restore()
     wait_until(lambda: not any(map(is_alive, workers)), PATIENCE_S, "end of the worker that was cut off")
     target.delete_snapshots(node)
 

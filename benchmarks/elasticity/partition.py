@@ -44,5 +44,5 @@ class Link:
     def cut(self) -> None:
         ip("link", "set", self.here, "down")
 
-    def mend(self) -> None:
+    def restore(self) -> None:
         ip("link", "set", self.here, "up")

@@ -2,7 +2,7 @@
 
 Ray Train 2.60 restarts all workers after any change. Here the controller's regular poll repairs the group in place:
 
-- A worker that is dead, stuck or failed is removed. The roster (`trainer.group.roster`) and the other workers are told, and
+- A worker that is dead, stuck or failed is removed. The controller informs the roster (`trainer.group.roster`) and the other workers, and
   they form the next generation.
 - A worker that has left because its machine goes away is removed.
 - New workers are started beside those that train, as long as there is room (`_recruit`). Once one is ready, it waits at the
@@ -79,7 +79,7 @@ class ElasticWorkerGroup(WorkerGroup):
         self.recruits: list[Worker] = []  # started, but not yet among the workers
         self.starting = 0  # workers that are being started
         self.retry_at = 0.0
-        self.told: object = (
+        self.last_asked: object = (
             None  # the last state of the roster in which the workers were asked to let others join
         )
         self.lock = threading.Lock()  # of all of these
@@ -200,8 +200,8 @@ class ElasticWorkerGroup(WorkerGroup):
         for worker in self.get_workers():
             if name_of(worker) in roster.overdue:
                 worker.execute_async(give_up, roster.number)
-        if roster.joining and self.told != (roster.number, roster.joining):
-            self.told = roster.number, roster.joining
+        if roster.joining and self.last_asked != (roster.number, roster.joining):
+            self.last_asked = roster.number, roster.joining
             for worker in self.get_workers():
                 if name_of(worker) in roster.members:
                     worker.execute_async(ask, Request.CHANGE)

@@ -29,14 +29,14 @@ class Span(NamedTuple):
 
 @dataclass(eq=False)
 class Block:
-    """What is read for a span."""
+    """The bytes of a span, and where its samples are in them."""
 
     span: Span
     step: int  # the first step that needs it
     last_step: int  # and the last
     keys: list[int]  # of its samples in `Reader.places`
     located: Located  # its samples
-    ranges: list[Range]  # what is read
+    ranges: list[Range]  # to read
     begins: list[int]  # first byte of each sample in the ranges laid end to end
     ends: list[int]  # and the byte after its last
     size: int  # bytes of the ranges

@@ -181,7 +181,7 @@ class Loader:
     def change_workers(self, step: int, rank: int, world_size: int) -> None:
         """From step `step` on, make the batches of worker `rank` of `world_size`. UserError if there are more workers than lanes.
 
-        Call it from the thread that iterates over `steps`, or before. It replaces what was said for `step` and later steps before.
+        Call it from the thread that iterates over `steps`, or before. It replaces earlier calls for `step` and later steps.
 
         `step` may be any step from the one that was yielded last on. If it is that one, it is yielded again, for the new worker.
         If it is a later one, the steps before it come first, as before; `skip_to` leaves them out.

@@ -14,7 +14,7 @@ The first step of a lane is different, in the run's first step or where the work
 that step are read, not their whole block, so that training can start soon. The rest of the block is read after it.
 
 When workers are lost or join, steps may be read again, or for other lanes (`Reader.change`). So a block is kept until the trainer
-is past its last step, and what has been read for a lane is not read again as long as the worker has the lane.
+is past its last step, and data of a lane is not read again as long as the worker has the lane.
 """
 
 import itertools
@@ -131,7 +131,7 @@ class Reader:
     def change(self, workers: Schedule, step: int, done: int) -> None:
         """Continue with `step`, as the worker that `workers` says. Steps from `done` on are kept, see `read`.
 
-        What has been read is kept as far as the worker's lanes need it.
+        Data is kept for the lanes that the worker still has.
         """
         changed = workers.first_difference(self.workers)
         self.workers = workers

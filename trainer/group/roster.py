@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 from trainer.group.rendezvous import Address, Generation
 
-HISTORY = 1000  # events that are kept
 OVERDUE_S = 2.0
 
 
@@ -43,9 +42,6 @@ class Roster:
     number: int = 0  # of the newest generation
     first_at: float = 0.0  # time.monotonic() when the first member checked in for the next generation
     finished: bool = False
-    history: list[tuple[float, str]] = field(
-        default_factory=list
-    )  # time in seconds since 1970, and what happened
     changed: threading.Condition = field(default_factory=threading.Condition)
 
     def start(self, members: list[str], least: int) -> None:
@@ -54,7 +50,6 @@ class Roster:
             self.removed |= {*self.members, *self.waiting} - set(members)
             self.waiting = {member: self.waiting[member] for member in members if member in self.waiting}
             self.members, self.expected, self.least = list(members), set(members), least
-            self._note(f"{len(members)} workers start")
             self._announce()
             self.changed.notify_all()
 
@@ -62,12 +57,10 @@ class Roster:
         """Wait for the next generation with this worker, see `Rendezvous.check_in`. None also if it has been removed."""
         with self.changed:
             if leaving:
-                self._note(f"{member} leaves")
                 self._remove(member)
                 return None
             if self.finished or member in self.removed:
                 return None
-            self._note(f"{member} is here")
             if member in self.expected and not self.waiting.keys() & self.expected:
                 self.first_at = time.monotonic()
             self.waiting[member] = address
@@ -86,7 +79,6 @@ class Roster:
         """Record that a worker is dead."""
         with self.changed:
             if member not in self.removed:
-                self._note(f"{member} is dead")
                 self._remove(member)
 
     def status(self) -> "Status":
@@ -103,10 +95,6 @@ class Roster:
         with self.changed:
             self.finished = True
             self.changed.notify_all()
-
-    def events(self) -> list[tuple[float, str]]:
-        """Return what happened, oldest first: time in seconds since 1970, and a text."""
-        return list(self.history)
 
     def _remove(self, member: str) -> None:
         self.removed.add(member)
@@ -125,11 +113,7 @@ class Roster:
         addresses = tuple(self.waiting[member] for member in self.members)
         self.generation = Generation(self.number, tuple(self.members), addresses)
         self.expected, self.waiting = set(self.members), {}
-        self._note(f"generation {self.number} has {len(self.members)} workers")
         self.changed.notify_all()
-
-    def _note(self, event: str) -> None:
-        self.history = [*self.history[-HISTORY:], (time.time(), event)]
 
 
 def _ranks(before: list[str], arrivals: list[str]) -> list[str]:

@@ -68,7 +68,7 @@ class Workers:
             process.join(0 if process.name not in self.names else 5)
             process.kill()
             process.join()
-        self.server.stop_event.set()  # type: ignore[attr-defined]
+        self.server.stop_event.set()
 
     def _serve(self) -> None:
         with contextlib.suppress(SystemExit):  # that is how it ends
@@ -147,7 +147,7 @@ def _work(name: str, address: Any, hanging: bool, pipe: Any) -> None:
     Connection.register("roster")
     connection = Connection(address, KEY)
     connection.connect()
-    roster = connection.roster()  # type: ignore[attr-defined]
+    roster = connection.roster()
     group = Group(rendezvous=roster, member=name, backend=HangingBackend() if hanging else None)
     threading.Thread(target=_watch, args=(roster, group), daemon=True).start()
     try:

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from trainer.group.rendezvous import Address, Generation
-from trainer.group.roster import HISTORY, Roster
+from trainer.group.roster import Roster
 
 WAIT_S = 5  # a worker that has not returned after so long waits for ever
 
@@ -252,20 +252,3 @@ def test_one_that_joins_waits_until_the_members_check_in() -> None:
     [generation] = check_in(roster, ["a"])
     assert joined.wait() is generation
     assert not roster.status().joining
-
-
-def test_events_are_told_in_order_and_not_for_ever() -> None:
-    roster = Roster()
-    roster.start(["a", "b"], 1)
-    check_in(roster, ["a", "b"])
-    roster.check_in("b", address_of("b"), leaving=True)
-    roster.remove("a")
-    roster.remove("a")
-    assert [text for _, text in roster.events()] == [
-        "2 workers start", "a is here", "b is here", "generation 1 has 2 workers", "b leaves", "a is dead",
-    ]  # fmt: skip
-    times = [moment for moment, _ in roster.events()]
-    assert times == sorted(times)
-    for i in range(HISTORY + 10):
-        roster.remove(f"w{i}")
-    assert len(roster.events()) <= HISTORY + 1
