@@ -112,9 +112,12 @@ def test_twenty_faults(
             order = [*FAULTS, *rng.choices(FAULTS, k=20 - len(FAULTS))]
             for fault in rng.sample(order, len(order)):
                 time.sleep(rng.uniform(0.5, 4))
+                workers = attempts(store)[-1]["world_size"]
                 faults.do(fault)
-                # After the loss of all workers, surviving snapshots are some steps old. Steps take 50 ms here.
-                assert attempts(store)[-1].get("redone", 0) <= 40, fault
+                # After the loss of all workers, surviving snapshots are some steps old. Steps take 50 ms here. If the node of a
+                # single worker is lost, so is the only snapshot, and the run continues from its last checkpoint.
+                if workers > 1 or fault != "kill_node":
+                    assert attempts(store)[-1].get("redone", 0) <= 40, fault
                 print(fault, faults.memory[-1], attempts(store)[-1], flush=True)
             printed, _ = faults.driver.communicate(timeout=1200)
             assert faults.driver.returncode == 0, printed
