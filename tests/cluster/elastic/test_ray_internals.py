@@ -70,7 +70,7 @@ def test_ray_internals_are_unchanged() -> None:
     )  # by the position of the worker in get_workers()
     assert "self._worker_group_state.workers" in inspect.getsource(group.get_workers)
     assert arguments(group._init_train_context) == ["workers", "sync_actor"]
-    created = inspect.getsource(group._create_workers)  # what is done here for a single worker
+    created = inspect.getsource(group._create_workers)  # `_start_worker` repeats its steps for one worker
     assert "self._train_run_context.run_config.worker_runtime_env" in created
     assert "actor.get_metadata.remote()" in created
     assert "**bundle_to_remote_args(resources_per_worker)" in created
